@@ -1,0 +1,101 @@
+"""The driver's side of a worker: start it, ask it, and keep it still while others run."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from workloads import FIRST_TOKEN, MEMORY
+
+HERE = Path(__file__).parent
+
+
+class WorkerError(Exception):
+    """What a worker said before it gave up."""
+
+
+class Worker:
+    """A peer in a process of its own, stopped (SIGSTOP) except while it answers.
+
+    Thread pools of some peers spin after their work is done; stopped, they take nothing from the next peer.
+    """
+
+    def __init__(
+        self, python: Path, module: str, model: Path, variant: str, n_threads: int, log: Path
+    ) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        command = [str(python), "-m", f"workers.{module}"]
+        command += ["--model", str(model), "--variant", variant, "--threads", str(n_threads)]
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                command,
+                cwd=HERE,
+                env={**os.environ, "OMP_NUM_THREADS": str(n_threads)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    def send(self, prompts: list[list[int]], n_new: int) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({"prompts": prompts, "new_tokens": n_new}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            # It ended; what it said about that is still to be read.
+            return
+
+    def receive(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            status = self.process.wait()
+            raise WorkerError(f"ended with status {status} (its messages: {self.log})")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer
+
+    def wait_until_ready(self) -> None:
+        self.receive()
+        self.process.send_signal(signal.SIGSTOP)
+
+    def ask(self, prompts: list[list[int]], n_new: int) -> dict[str, Any]:
+        self.process.send_signal(signal.SIGCONT)
+        self.send(prompts, n_new)
+        answer = self.receive()
+        self.process.send_signal(signal.SIGSTOP)
+        return answer
+
+    def peak_memory(self) -> int:
+        """Bytes of physical memory at its highest, mapped files included."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def cold_start(
+    python: Path, module: str, model: Path, variant: str, n_threads: int, log: Path, n_vocab: int
+) -> tuple[float, int]:
+    """Seconds from starting the interpreter to the first token, and the peak memory after a short text."""
+    start = time.perf_counter()
+    worker = Worker(python, module, model, variant, n_threads, log)
+    try:
+        worker.send(FIRST_TOKEN.prompts(n_vocab), FIRST_TOKEN.new)
+        worker.receive()
+        worker.receive()
+        seconds = time.perf_counter() - start
+        worker.send(MEMORY.prompts(n_vocab), MEMORY.new)
+        worker.receive()
+        return seconds, worker.peak_memory()
+    finally:
+        worker.close()

@@ -1,0 +1,202 @@
+"""Prompts to finished texts: the loop around the core's prefill and decode.
+
+Sequences are decoded together, without padding, at most `MAX_BATCH` at a time; when one ends, the next prompt
+takes its place.  Neither changes any text, since the core's answer for a sequence does not depend on its
+batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Container, Generator, Sequence
+
+from . import _core
+from .results import FinishReason, Result
+from .settings import SEED_BITS, Settings
+from .text import TextDecoder
+
+# Beyond this many sequences the arithmetic units are busy anyway, and keys and values only take memory.
+MAX_BATCH = 32
+
+# Odd, so that the seeds of successive windows are all different (the step of Vigna's SplitMix64).
+_SEED_STEP = 0x9E3779B97F4A7C15
+
+
+class Text:
+    """One text being written: its sequence in the core, its sampler, and what ends it."""
+
+    def __init__(
+        self,
+        model: _core.Model,
+        prompt: list[int],
+        settings: Settings,
+        *,
+        seed: int,
+        index: int = 0,
+        decoder: TextDecoder | None = None,
+    ) -> None:
+        """Check that the prompt fits; nothing is computed yet.
+
+        seed, index: of this text among those returned for its prompt.  decoder: needed where text is streamed
+        or a stop string may end it.
+        """
+        config = model.config
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.decoder = decoder
+        self.session: _core.Session | None = None
+        self.finish_reason: FinishReason | None = None
+        self._n_ctx = config.n_ctx
+        self._config = config
+        self._settings = settings
+        self._seed = seed
+        self._index = index
+        self._room = settings.room(len(prompt), config.n_ctx)
+        self._eos: Container[int] = frozenset(settings.eos_token_ids(config))
+        self._logprobs: list[float] | None = [] if settings.logprobs or settings.top_logprobs else None
+        self._top_logprobs: list[dict[int, float]] | None = [] if settings.top_logprobs else None
+        self.sampler = self._windowed_sampler() if self.past_context else self._whole_sampler()
+        if self._room == 0:
+            self._end("length")
+
+    @property
+    def past_context(self) -> bool:
+        """Whether prompt and text outgrew the context, so that the next token sees the last `n_ctx` tokens
+        alone."""
+        return len(self.prompt) + len(self.tokens) > self._n_ctx
+
+    @property
+    def window(self) -> list[int]:
+        """The tokens that the next one sees: all of them, or the last `n_ctx`."""
+        return (self.prompt + self.tokens)[-self._n_ctx :]
+
+    def restart(self, session: _core.Session) -> None:
+        """Go on in a fresh `session`, into which `window` is to be prefilled."""
+        self.session = session
+        self.sampler = self._windowed_sampler()
+
+    def append(self, sample: _core.Sample) -> bool:
+        """Take in the next token; returns True when it ends the text."""
+        token = sample.token
+        self.tokens.append(token)
+        if self._logprobs is not None:
+            assert sample.logprob is not None
+            self._logprobs.append(sample.logprob)
+            if self._top_logprobs is not None:
+                self._top_logprobs.append(dict(sample.top_logprobs))
+        if token in self._eos:
+            self._end("eos")
+        elif self.decoder is not None and self.decoder.push(token):
+            self._end("stop")
+        elif len(self.tokens) == self._room:
+            self._end("length")
+        return self.finish_reason is not None
+
+    def result(self, decode: Callable[[Sequence[int]], str]) -> Result:
+        """The finished text; `decode` turns tokens into text where that was not done on the way."""
+        assert self.finish_reason is not None
+        pieces = None if self.decoder is None else self.decoder.pieces
+        return Result(
+            self.tokens,
+            self.finish_reason,
+            self._logprobs,
+            self._top_logprobs,
+            self._seed if self._settings.sampling else None,
+            _decode=decode if pieces is None else lambda _: "".join(pieces),
+        )
+
+    def _end(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        self.session = None
+        if self.decoder is not None:
+            self.decoder.finish()
+
+    def _whole_sampler(self) -> _core.Sampler:
+        return self._settings.sampler(
+            self._config, prompt_len=len(self.prompt), seed=self._seed, index=self._index
+        )
+
+    def _windowed_sampler(self) -> _core.Sampler:
+        # The core counts positions from the start of the window, which has moved: a seed for each place of
+        # the window keeps the random numbers of successive tokens apart.
+        dropped = len(self.prompt) + len(self.tokens) - self._n_ctx
+        missing = self._settings.min_new_tokens - len(self.tokens)
+        prompt_len = max(0, len(self.prompt) - dropped)
+        return self._settings.sampler(
+            self._config,
+            prompt_len=prompt_len,
+            seed=(self._seed + dropped * _SEED_STEP) % 2**SEED_BITS,
+            index=self._index,
+            min_new_tokens=self._n_ctx - prompt_len + 1 if missing > 0 else 0,
+        )
+
+
+def steps(model: _core.Model, texts: Sequence[Text]) -> Generator[None, None, None]:
+    """Write all `texts` to their end, yielding after each token that every text in work has got.
+
+    Equal prompts are computed once and share their keys and values.
+    """
+    waiting = _Waiting(model, texts)
+    active: list[Text] = []
+    sessions: list[_core.Session] = []
+    samplers: list[_core.Sampler] = []
+    changed = True
+    while True:
+        if changed:
+            active = [text for text in active if text.finish_reason is None]
+            active += waiting.start(MAX_BATCH - len(active))
+            if not active:
+                return
+        if past := [text for text in active if text.past_context]:
+            _slide(model, past)
+            changed = True
+        if changed:
+            sessions = [text.session for text in active if text.session is not None]
+            samplers = [text.sampler for text in active]
+            changed = False
+        for text, sample in zip(active, _core.decode(sessions, samplers), strict=True):
+            if text.append(sample):
+                changed = True
+        yield
+
+
+def write(model: _core.Model, texts: Sequence[Text]) -> None:
+    """Write all `texts` to their end."""
+    for _ in steps(model, texts):
+        pass
+
+
+def _slide(model: _core.Model, texts: Sequence[Text]) -> None:
+    """Compute the last `n_ctx` tokens of each text from scratch, at positions counted from 0."""
+    sessions = [model.session() for _ in texts]
+    for text, session in zip(texts, sessions, strict=True):
+        text.restart(session)
+    _core.prefill(sessions, [text.window for text in texts])
+
+
+class _Waiting:
+    """Texts not begun yet, those of equal prompts one after the other."""
+
+    def __init__(self, model: _core.Model, texts: Sequence[Text]) -> None:
+        self._model = model
+        groups: dict[tuple[int, ...], list[Text]] = {}
+        for text in texts:
+            if text.finish_reason is None:
+                groups.setdefault(tuple(text.prompt), []).append(text)
+        self._queue = deque((prompt, text) for prompt, group in groups.items() for text in group)
+        self._left = Counter({prompt: len(group) for prompt, group in groups.items()})
+        self._prefilled: dict[tuple[int, ...], _core.Session] = {}
+
+    def start(self, count: int) -> list[Text]:
+        """Up to `count` texts, their prompts computed except for those that outgrow the context."""
+        starting = [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
+        fitting = [(prompt, text) for prompt, text in starting if not text.past_context]
+        fresh = {prompt: self._model.session() for prompt, _ in fitting if prompt not in self._prefilled}
+        if fresh:
+            _core.prefill(list(fresh.values()), [list(prompt) for prompt in fresh])
+            self._prefilled.update(fresh)
+        for prompt, text in fitting:
+            self._left[prompt] -= 1
+            shared = self._prefilled[prompt]
+            text.session = shared.fork() if self._left[prompt] else self._prefilled.pop(prompt)
+        return [text for _, text in starting]

@@ -1,0 +1,106 @@
+"""One sequence with its keys and values: the layer that `generate` itself stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from . import _core
+from .settings import Options, Settings, check_count
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+    from .prompts import Prompt
+
+_NOT_FOR_DECODE = (
+    "max_new_tokens",
+    "stop",
+    "num_return_sequences",
+    "logprobs",
+    "top_logprobs",
+    "context_overflow",
+)
+
+
+class Session:
+    """A sequence that grows by prefill and decode, and can be forked and cut; what `GPT2.session` returns.
+
+    Keys and values of everything taken in stay in memory: 2 * n_layer * n_embd values a token, of the model's
+    `kv_dtype`.  Not for use from several threads at the same time; forks of it are.
+    """
+
+    def __init__(
+        self,
+        core: _core.Session,
+        config: _core.Config,
+        encode: Callable[[Prompt], list[int]],
+        *,
+        prompt_len: int = 0,
+    ) -> None:
+        """Wrap a core session; use `GPT2.session()` to get one."""
+        self._core = core
+        self._config = config
+        self._encode = encode
+        self._prompt_len = prompt_len
+
+    @property
+    def pos(self) -> int:
+        """Number of tokens in the sequence."""
+        return self._core.pos
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens of the sequence, prompt and generated ones."""
+        return self._core.tokens
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """(V,) float32, the scores of the token after the last one; RuntimeError or ValueError for an empty
+        sequence."""
+        return self._core.logits
+
+    def prefill(self, tokens: Prompt) -> None:
+        """Append a text or token ids and compute their keys and values.
+
+        What was there before counts as prompt from now on.  ValueError for an empty prompt, for ids outside
+        the vocabulary, and where more than `n_ctx` tokens would result; the sequence is then unchanged.
+        """
+        self._core.prefill(self._encode(tokens))
+        self._prompt_len = self._core.pos
+
+    def decode(self, n: int = 1, **settings: Unpack[Options]) -> list[int]:
+        """Generate up to `n` tokens, append them, and return them; fewer only where an eos, then the last,
+        ended them.
+
+        Takes the settings that choose a token: `decode(1)` n times gives the tokens of `decode(n)`, with a
+        seed. ValueError for an empty sequence, and when the sequence is full.
+        """
+        n = check_count("n", n)
+        for name in _NOT_FOR_DECODE:
+            if name in settings:
+                raise TypeError(
+                    f"{name} is a setting of generate and stream; Session.decode does not take it"
+                )
+        choice = Settings.of(settings)
+        sampler = choice.sampler(self._config, prompt_len=self._prompt_len, seed=choice.seeds(1)[0])
+        eos = frozenset(choice.eos_token_ids(self._config))
+        sessions, samplers = [self._core], [sampler]
+        new: list[int] = []
+        while len(new) < n:
+            new.append(_core.decode(sessions, samplers)[0].token)
+            if new[-1] in eos:
+                break
+        return new
+
+    def fork(self) -> Session:
+        """A second sequence with the same tokens; keys and values are shared until one of the two changes
+        them."""
+        return Session(self._core.fork(), self._config, self._encode, prompt_len=self._prompt_len)
+
+    def truncate(self, n: int) -> None:
+        """Forget all but the first `n` tokens; ValueError unless 0 <= n <= pos."""
+        self._core.truncate(check_count("n", n))
+        self._prompt_len = min(self._prompt_len, n)

@@ -1,0 +1,251 @@
+//! GPT-2: embed -> blocks (ln_1, attention, ln_2, mlp) -> ln_f -> logits.
+//!
+//! Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; equal to `GPT2LMHeadModel` of Hugging
+//! Face transformers.
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::kv_cache::{CacheElement, KvCache};
+use crate::parallel::{Activations, AttentionRun, Workers};
+use crate::pool::{PerProcess, Pool, default_threads};
+use crate::simd::Isa;
+use crate::weights::{Block, Dtype, Origin, Weights};
+use half::bf16;
+
+/// Rows of one pass at most: more would leave the second-level cache, and a caller who wants to stop waits for a layer.
+pub const MAX_ROWS: usize = 512;
+
+/// Weights, and the threads that compute with them.
+pub struct Model {
+    config: Config,
+    weights: Weights,
+    dtype: Dtype,
+    kv_dtype: Dtype,
+    isa: Isa,
+    n_threads: usize,
+    engine: PerProcess<Engine>,
+}
+
+/// How a model is held and run; the default is float32, on all cores that help.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Type of the matrices.
+    pub dtype: Dtype,
+    /// Type of the caches; `None` follows the weights.
+    pub kv_dtype: Option<Dtype>,
+    /// Threads; `None` chooses.
+    pub n_threads: Option<usize>,
+    /// Instruction set; `None` takes `GPT2RS_ISA` or the fastest.
+    pub isa: Option<Isa>,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { dtype: Dtype::F32, kv_dtype: None, n_threads: None, isa: None }
+    }
+}
+
+/// New tokens of one sequence, to be appended to its cache.
+pub struct Run<'a> {
+    /// The tokens; one to decode, many to prefill.
+    pub tokens: &'a [u32],
+    /// The sequence's cache, grown by as many positions.
+    pub cache: &'a mut KvCache,
+    /// Whether its last row is wanted, by [`Wanted::Last`].
+    pub wanted: bool,
+}
+
+/// What a pass gives.
+pub enum Wanted<'a> {
+    /// (wanted runs, V): logits of their last tokens.
+    Last(&'a mut [f32]),
+    /// (rows, V): logits of all tokens of all runs.
+    All(&'a mut [f32]),
+    /// (rows, C): hidden states after `ln_f` of all tokens of all runs.
+    Hidden(&'a mut [f32]),
+}
+
+/// What a pass needs beside weights and caches.
+struct Engine {
+    workers: Workers,
+    x: Activations,
+    qkv: Activations,
+    attended: Activations,
+    hidden: Activations,
+    sums: Activations,
+    last: Activations,
+}
+
+impl Model {
+    /// Packs the weights and starts the threads.
+    ///
+    /// # Errors
+    /// What [`Weights::new`] says; an instruction set that is not there; threads that the system refuses.
+    pub fn new(config: Config, origin: Origin<'_>, options: Options) -> Result<Model> {
+        let isa = options.isa.map_or_else(Isa::from_env, Ok)?;
+        let bytes = config.packed_bytes(options.dtype.size()) as usize;
+        let n_threads = options.n_threads.unwrap_or_else(|| default_threads(bytes));
+        let dtype = options.dtype;
+        let weights = Weights::new(
+            &config,
+            origin,
+            dtype,
+            options.n_threads.unwrap_or_else(|| default_threads(usize::MAX)),
+        )?;
+        let pool = Pool::new(n_threads).map_err(|source| Error::Threads { n_threads, source })?;
+        let engine = PerProcess::new(Engine::new(isa, pool), move || {
+            // A child that gets no threads computes alone, to the same bits.
+            let pool =
+                Pool::new(n_threads).or_else(|_| Pool::new(1)).expect("a pool of one starts no thread");
+            Engine::new(isa, pool)
+        });
+        let kv_dtype = options.kv_dtype.unwrap_or(dtype);
+        Ok(Model { config, weights, dtype, kv_dtype, isa, n_threads, engine })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The weights.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// The matrices' type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The caches' type.
+    pub fn kv_dtype(&self) -> Dtype {
+        self.kv_dtype
+    }
+
+    /// The instruction set that computes.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Threads that compute.
+    pub fn n_threads(&self) -> usize {
+        self.n_threads
+    }
+
+    /// An empty cache for a sequence of this model.
+    pub fn new_cache(&self) -> KvCache {
+        KvCache::new(&self.config, self.kv_dtype)
+    }
+
+    /// Computes new tokens of any number of sequences in one pass, at most [`MAX_ROWS`] in all.
+    ///
+    /// `proceed` is asked before each layer; when it says no, the caches stay as they were.
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`], [`Error::ContextOverflow`], [`Error::Cancelled`].
+    ///
+    /// # Panics
+    /// When there are too many rows, no tokens in a run, or the output has another size.
+    pub fn forward(
+        &self,
+        runs: &mut [Run<'_>],
+        wanted: Wanted<'_>,
+        proceed: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        let tokens = self.place(runs)?;
+        assert!(tokens.len() <= MAX_ROWS, "{} rows in one pass", tokens.len());
+        match self.kv_dtype {
+            Dtype::F32 => self.pass::<f32>(runs, &tokens, wanted, proceed)?,
+            Dtype::BF16 => self.pass::<bf16>(runs, &tokens, wanted, proceed)?,
+        }
+        Ok(())
+    }
+
+    fn pass<T: CacheElement>(
+        &self,
+        runs: &mut [Run<'_>],
+        tokens: &[(u32, usize)],
+        wanted: Wanted<'_>,
+        proceed: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        let Weights { wte, wpe, h, ln_f, lm_head } = &self.weights;
+        let Engine { workers, x, qkv, attended, hidden, sums, last } = &mut *self.engine.lock();
+        let eps = self.config.layer_norm_epsilon;
+        for run in &mut *runs {
+            T::of(run.cache).reserve(run.tokens.len());
+        }
+
+        workers.embed(wte, wpe, tokens, x.shape(tokens.len(), self.config.n_embd));
+        for (layer, Block { ln_1, attn, ln_2, mlp }) in h.iter().enumerate() {
+            if !proceed() {
+                return Err(Error::Cancelled);
+            }
+            workers.norm_linear(x, (ln_1, eps), &attn.c_attn, None, qkv);
+            let caches = runs.iter_mut().map(|run| AttentionRun {
+                position: run.cache.len(),
+                rows: run.tokens.len(),
+                heads: T::of(run.cache).heads(layer),
+            });
+            workers.attention::<T>(qkv, caches.collect(), self.config.attn_scale(layer), attended);
+            workers.add_linear(attended, &attn.c_proj, sums, x);
+            workers.norm_linear(x, (ln_2, eps), &mlp.c_fc, Some(self.config.activation_function), hidden);
+            workers.add_linear(hidden, &mlp.c_proj, sums, x);
+        }
+        for run in &mut *runs {
+            T::of(run.cache).advance(run.tokens.len());
+        }
+
+        let head = lm_head.as_ref().unwrap_or(wte);
+        match wanted {
+            Wanted::Hidden(out) => workers.norm(x, (ln_f, eps), out),
+            Wanted::All(out) => workers.norm_head(x, (ln_f, eps), head, out),
+            Wanted::Last(out) => {
+                let ends = runs.iter().scan(0, |end, run| {
+                    *end += run.tokens.len();
+                    Some((run.wanted, *end - 1))
+                });
+                let rows: Vec<usize> = ends.filter_map(|(wanted, row)| wanted.then_some(row)).collect();
+                last.shape(rows.len(), self.config.n_embd);
+                for (i, row) in rows.into_iter().enumerate() {
+                    last.row_mut(i).copy_from_slice(x.row(row));
+                }
+                workers.norm_head(last, (ln_f, eps), head, out);
+            }
+        }
+        Ok(())
+    }
+
+    /// Every new token with its position, all of them checked.
+    fn place(&self, runs: &[Run<'_>]) -> Result<Vec<(u32, usize)>> {
+        let Config { n_vocab, n_ctx, .. } = self.config;
+        let mut tokens = Vec::new();
+        for run in runs {
+            assert!(!run.tokens.is_empty(), "a run without tokens");
+            let position = run.cache.len();
+            let wanted = position + run.tokens.len();
+            if wanted > n_ctx {
+                return Err(Error::ContextOverflow { wanted, n_ctx });
+            }
+            if let Some(&token) = run.tokens.iter().find(|&&token| token as usize >= n_vocab) {
+                return Err(Error::TokenOutOfRange { token, n_vocab });
+            }
+            tokens.extend(run.tokens.iter().copied().zip(position..));
+        }
+        Ok(tokens)
+    }
+}
+
+impl Engine {
+    fn new(isa: Isa, pool: Pool) -> Engine {
+        Engine {
+            workers: Workers::new(isa, pool),
+            x: Activations::default(),
+            qkv: Activations::default(),
+            attended: Activations::default(),
+            hidden: Activations::default(),
+            sums: Activations::default(),
+            last: Activations::default(),
+        }
+    }
+}

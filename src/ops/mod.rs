@@ -1,0 +1,63 @@
+//! GPT-2's operations, one file each. All float32 sums follow one order, whatever the instruction set, the number of
+//! threads or the shape of the batch: see `docs/design.md`, "One answer".
+
+pub mod attention;
+pub mod embed;
+pub mod gelu;
+pub mod layernorm;
+pub mod matmul;
+pub mod softmax;
+
+use std::ops::Range;
+
+/// Rows of float32, `stride` apart, of which the first `columns` values are meant.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    data: &'a [f32],
+    stride: usize,
+    columns: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// A view of `data`, row-major with rows `stride` apart.
+    ///
+    /// # Panics
+    /// When a row is longer than the stride.
+    pub fn new(data: &'a [f32], stride: usize, columns: usize) -> Rows<'a> {
+        assert!(columns <= stride);
+        Rows { data, stride, columns }
+    }
+
+    /// Values of a row.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Row `i`.
+    #[inline(always)]
+    pub fn row(&self, i: usize) -> &'a [f32] {
+        &self.data[i * self.stride..][..self.columns]
+    }
+
+    /// The same rows, columns `range` alone.
+    pub fn columns_of(&self, range: Range<usize>) -> Rows<'a> {
+        assert!(range.end <= self.columns);
+        Rows {
+            data: &self.data[range.start.min(self.data.len())..],
+            stride: self.stride,
+            columns: range.len(),
+        }
+    }
+
+    /// The same columns, from row `start` on.
+    pub fn rows_from(&self, start: usize) -> Rows<'a> {
+        Rows { data: &self.data[(start * self.stride).min(self.data.len())..], ..*self }
+    }
+}
+
+/// The distance between the rows of an activation buffer of `columns`: whole registers, and an odd number of cache
+/// lines, so that the rows of a tile don't fall into the same set of the cache.
+pub fn padded_stride(columns: usize) -> usize {
+    let lines = columns.div_ceil(16);
+    16 * (lines | 1)
+}

@@ -1,0 +1,510 @@
+//! Named tensors -> `wte`, `wpe`, `h[i]`, `ln_f`, packed once for the kernels.
+
+use crate::checkpoint::{Checkpoint, Tensor};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::mapped::{Arena, Slab};
+use crate::ops::matmul::{NR, Panels};
+use crate::philox::Normal;
+use crate::simd::Element;
+use half::bf16;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub use crate::kv_cache::Dtype;
+
+/// Every weight of a model, under the checkpoint's names.
+pub struct Weights {
+    /// Token embedding, packed as the (C, V) matrix of the LM head that it is tied to.
+    pub wte: Matrix,
+    /// Position embedding, (n_ctx, C).
+    pub wpe: Vec<f32>,
+    /// The blocks.
+    pub h: Vec<Block>,
+    /// The final LayerNorm.
+    pub ln_f: Norm,
+    /// (C, V), where it is not `wte`.
+    pub lm_head: Option<Matrix>,
+}
+
+/// One transformer block.
+pub struct Block {
+    /// LayerNorm before attention.
+    pub ln_1: Norm,
+    /// Attention's projections.
+    pub attn: Attn,
+    /// LayerNorm before the MLP.
+    pub ln_2: Norm,
+    /// The MLP's projections.
+    pub mlp: Mlp,
+}
+
+/// Attention's weights.
+pub struct Attn {
+    /// (C, 3C): queries, keys and values side by side.
+    pub c_attn: Linear,
+    /// (C, C).
+    pub c_proj: Linear,
+}
+
+/// The MLP's weights.
+pub struct Mlp {
+    /// (C, n_inner).
+    pub c_fc: Linear,
+    /// (n_inner, C).
+    pub c_proj: Linear,
+}
+
+/// A gain and a bias of C values each.
+pub struct Norm {
+    /// The gain.
+    pub weight: Vec<f32>,
+    /// The bias; zeros where the checkpoint has none.
+    pub bias: Vec<f32>,
+}
+
+/// `x @ weight + bias`.
+pub struct Linear {
+    /// (K, N).
+    pub weight: Matrix,
+    /// (N,); zeros where the checkpoint has none.
+    pub bias: Vec<f32>,
+}
+
+/// A packed (K, N) matrix.
+pub struct Matrix {
+    slab: Slab,
+    k: usize,
+    n: usize,
+    dtype: Dtype,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::F32 => size_of::<f32>(),
+            Dtype::BF16 => size_of::<bf16>(),
+        }
+    }
+
+    /// `float32` or `bfloat16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "float32",
+            Dtype::BF16 => "bfloat16",
+        }
+    }
+
+    /// The type of that name.
+    ///
+    /// # Errors
+    /// [`Error::UnknownDtype`].
+    pub fn from_name(name: &str) -> Result<Dtype> {
+        [Dtype::F32, Dtype::BF16]
+            .into_iter()
+            .find(|dtype| dtype.name() == name)
+            .ok_or_else(|| Error::UnknownDtype { name: name.to_owned() })
+    }
+}
+
+impl Matrix {
+    /// Rows: the inputs.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Columns: the outputs.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// The type of its elements.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The packed elements.
+    ///
+    /// # Panics
+    /// When `W` is not the matrix's type.
+    pub fn panels<W: Element>(&self) -> Panels<'_, W> {
+        assert_eq!(size_of::<W>(), self.dtype.size());
+        Panels::new(bytemuck::cast_slice(self.slab.bytes()), self.k, self.n)
+    }
+
+    /// The elements in the order of a file, little-endian: (K, N) row-major, or (N, K) when `by_column`.
+    pub fn unpack(&self, by_column: bool) -> Vec<u8> {
+        fn unpack<W: Element>(w: Panels<'_, W>, by_column: bool) -> Vec<u8> {
+            let (k, n) = (w.k(), w.n());
+            let mut out = vec![W::default(); k * n];
+            for panel in 0..w.count() {
+                let columns = w.columns(panel..panel + 1);
+                for (i, row) in w.panel(panel).iter().enumerate() {
+                    if by_column {
+                        for (column, &value) in columns.clone().zip(row) {
+                            out[column * k + i] = value;
+                        }
+                    } else {
+                        out[i * n..][columns.clone()].copy_from_slice(&row[..columns.len()]);
+                    }
+                }
+            }
+            bytemuck::cast_slice(&out).to_vec()
+        }
+        match self.dtype {
+            Dtype::F32 => unpack(self.panels::<f32>(), by_column),
+            Dtype::BF16 => unpack(self.panels::<bf16>(), by_column),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.slab.bytes().len()
+    }
+}
+
+/// Where the values of a model's tensors come from.
+pub enum Origin<'a> {
+    /// A checkpoint, whose names and shapes are checked against the config.
+    Checkpoint(&'a Checkpoint),
+    /// GPT-2's initialisation: N(0, 0.02), projections into the residual stream scaled by 1/sqrt(2 L), biases zero,
+    /// gains one. The same seed gives the same weights on every machine.
+    Random {
+        /// Seed of the generator.
+        seed: u64,
+    },
+}
+
+impl Weights {
+    /// Packs all weights, matrices in `dtype` and the rest in float32, on `n_threads` threads.
+    ///
+    /// # Errors
+    /// A tensor that is missing, unknown, of another shape or unreadable; no memory.
+    pub fn new(config: &Config, origin: Origin<'_>, dtype: Dtype, n_threads: usize) -> Result<Weights> {
+        match origin {
+            Origin::Checkpoint(checkpoint) => {
+                let named = Named::new(config, checkpoint)?;
+                Builder::build(config, dtype, n_threads, |name, shape| named.tensor(name, shape))
+            }
+            Origin::Random { seed } => {
+                let mut stream = 0;
+                Builder::build(config, dtype, n_threads, |name, _| {
+                    stream += 1;
+                    Ok(initial(config, name, seed, stream))
+                })
+            }
+        }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        let floats = |values: &Vec<f32>| size_of_val(values.as_slice());
+        let norm = |norm: &Norm| floats(&norm.weight) + floats(&norm.bias);
+        let linear = |linear: &Linear| linear.weight.bytes() + floats(&linear.bias);
+        let blocks = self.h.iter().map(|h| {
+            norm(&h.ln_1)
+                + linear(&h.attn.c_attn)
+                + linear(&h.attn.c_proj)
+                + norm(&h.ln_2)
+                + linear(&h.mlp.c_fc)
+                + linear(&h.mlp.c_proj)
+        });
+        let head = self.lm_head.as_ref().map_or(0, Matrix::bytes);
+        self.wte.bytes() + floats(&self.wpe) + blocks.sum::<usize>() + norm(&self.ln_f) + head
+    }
+}
+
+/// The values of one tensor, before they are packed.
+enum Values<'a> {
+    Tensor(&'a Tensor),
+    /// Normally distributed with this standard deviation.
+    Normal(Normal),
+    Constant(f32),
+}
+
+impl Values<'_> {
+    /// Reads rows as they are stored.
+    fn read(&self, rows: std::ops::Range<usize>, row_len: usize, out: &mut [f32]) -> Result<()> {
+        match self {
+            Values::Tensor(tensor) => tensor.read_rows(rows, out)?,
+            Values::Normal(normal) => normal.fill((rows.start * row_len) as u64, out),
+            Values::Constant(value) => out.fill(*value),
+        }
+        Ok(())
+    }
+
+    fn vector(&self, len: usize, row_len: usize) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; len];
+        self.read(0..len / row_len, row_len, &mut out)?;
+        Ok(out)
+    }
+}
+
+fn initial<'a>(config: &Config, name: &str, seed: u64, stream: u64) -> Values<'a> {
+    const DEVIATION: f32 = 0.02;
+    if name.ends_with(".bias") {
+        Values::Constant(0.0)
+    } else if name.contains("ln_") {
+        Values::Constant(1.0)
+    } else if name.contains("c_proj") {
+        Values::Normal(Normal { seed, stream, deviation: DEVIATION / (2.0 * config.n_layer as f32).sqrt() })
+    } else {
+        Values::Normal(Normal { seed, stream, deviation: DEVIATION })
+    }
+}
+
+/// A checkpoint whose names have been brought into one form and checked.
+struct Named<'a> {
+    tensors: BTreeMap<&'a str, &'a Tensor>,
+}
+
+impl<'a> Named<'a> {
+    fn new(config: &Config, checkpoint: &'a Checkpoint) -> Result<Named<'a>> {
+        let expected: BTreeSet<String> = names(config).collect();
+        let mut tensors = BTreeMap::new();
+        for stored in checkpoint.names() {
+            let name = stored.strip_prefix("transformer.").unwrap_or(stored);
+            // Causal masks that old versions stored, and the copy of a tied head.
+            let mask = name.strip_prefix("h.").and_then(|rest| rest.split_once('.'));
+            if mask.is_some_and(|(_, rest)| rest == "attn.bias" || rest == "attn.masked_bias")
+                || (name == "lm_head.weight" && config.tie_word_embeddings)
+            {
+                continue;
+            }
+            if !expected.contains(name) {
+                return Err(Error::UnexpectedTensor { name: stored.to_owned() });
+            }
+            if tensors.insert(name, checkpoint.get(stored)?).is_some() {
+                return Err(Error::AmbiguousTensor { name: name.to_owned() });
+            }
+        }
+        Ok(Named { tensors })
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Values<'a>> {
+        let Some(tensor) = self.tensors.get(name) else {
+            // nanoGPT and the textbooks leave biases out.
+            return if name.ends_with(".bias") {
+                Ok(Values::Constant(0.0))
+            } else {
+                Err(Error::MissingTensor { name: name.to_owned() })
+            };
+        };
+        if tensor.shape() != shape {
+            return Err(Error::TensorShape {
+                name: name.to_owned(),
+                expected: shape.to_vec(),
+                found: tensor.shape(),
+            });
+        }
+        Ok(Values::Tensor(tensor))
+    }
+}
+
+/// All tensor names of a model, without `transformer.` before them.
+fn names(config: &Config) -> impl Iterator<Item = String> {
+    const BLOCK: [&str; 6] = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"];
+    let outside = ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"].map(str::to_owned);
+    let head = (!config.tie_word_embeddings).then(|| "lm_head.weight".to_owned());
+    let blocks = (0..config.n_layer).flat_map(|i| {
+        BLOCK.iter().flat_map(move |part| ["weight", "bias"].map(|kind| format!("h.{i}.{part}.{kind}")))
+    });
+    outside.into_iter().chain(head).chain(blocks)
+}
+
+/// A matrix to be packed, and its place in the arena.
+struct Planned<'a> {
+    values: Values<'a>,
+    k: usize,
+    n: usize,
+    /// Whether a stored row is a column of the matrix.
+    by_column: bool,
+    start: usize,
+}
+
+/// First everything is found and checked and the matrices' places are laid out, then they are filled.
+struct Builder<'a, F> {
+    values: F,
+    dtype: Dtype,
+    planned: Vec<Planned<'a>>,
+    end: usize,
+}
+
+/// A matrix's index in the plan.
+struct Place(usize);
+
+impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
+    fn build(config: &Config, dtype: Dtype, n_threads: usize, values: F) -> Result<Weights> {
+        let mut builder = Builder { values, dtype, planned: Vec::new(), end: 0 };
+        let (c, v) = (config.n_embd, config.n_vocab);
+        let wte = builder.embedding("wte.weight", c, v)?;
+        let wpe = (builder.values)("wpe.weight", &[config.n_ctx, c])?.vector(config.n_ctx * c, c)?;
+        let mut blocks = Vec::new();
+        for i in 0..config.n_layer {
+            let name = |part: &str| format!("h.{i}.{part}");
+            blocks.push((
+                builder.norm(&name("ln_1"), c)?,
+                builder.linear(&name("attn.c_attn"), c, 3 * c)?,
+                builder.linear(&name("attn.c_proj"), c, c)?,
+                builder.norm(&name("ln_2"), c)?,
+                builder.linear(&name("mlp.c_fc"), c, config.n_inner)?,
+                builder.linear(&name("mlp.c_proj"), config.n_inner, c)?,
+            ));
+        }
+        let ln_f = builder.norm("ln_f", c)?;
+        let lm_head = if config.tie_word_embeddings {
+            None
+        } else {
+            Some(builder.embedding("lm_head.weight", c, v)?)
+        };
+
+        let matrices = builder.fill(n_threads)?;
+        let mut matrices: Vec<Option<Matrix>> = matrices.into_iter().map(Some).collect();
+        let mut take = |place: Place| matrices[place.0].take().expect("a place is used once");
+        let mut linear = |(place, bias)| Linear { weight: take(place), bias };
+        let h = blocks
+            .into_iter()
+            .map(|(ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj)| Block {
+                ln_1,
+                attn: Attn { c_attn: linear(c_attn), c_proj: linear(attn_c_proj) },
+                ln_2,
+                mlp: Mlp { c_fc: linear(c_fc), c_proj: linear(mlp_c_proj) },
+            })
+            .collect();
+        let wte = take(wte);
+        let lm_head = lm_head.map(take);
+        Ok(Weights { wte, wpe, h, ln_f, lm_head })
+    }
+
+    fn norm(&mut self, name: &str, c: usize) -> Result<Norm> {
+        let weight = (self.values)(&format!("{name}.weight"), &[c])?.vector(c, 1)?;
+        let bias = (self.values)(&format!("{name}.bias"), &[c])?.vector(c, 1)?;
+        Ok(Norm { weight, bias })
+    }
+
+    fn linear(&mut self, name: &str, k: usize, n: usize) -> Result<(Place, Vec<f32>)> {
+        let values = (self.values)(&format!("{name}.weight"), &[k, n])?;
+        let by_column = matches!(values, Values::Tensor(tensor) if tensor.transposed());
+        let bias = (self.values)(&format!("{name}.bias"), &[n])?.vector(n, 1)?;
+        Ok((self.plan(values, k, n, by_column), bias))
+    }
+
+    /// A (V, C) embedding, whose rows are the columns of the head's (C, V) matrix.
+    fn embedding(&mut self, name: &str, c: usize, v: usize) -> Result<Place> {
+        let values = (self.values)(name, &[v, c])?;
+        if matches!(values, Values::Tensor(tensor) if tensor.transposed()) {
+            return Err(Error::TransposedEmbedding { name: name.to_owned() });
+        }
+        Ok(self.plan(values, c, v, true))
+    }
+
+    fn plan(&mut self, values: Values<'a>, k: usize, n: usize, by_column: bool) -> Place {
+        self.planned.push(Planned { values, k, n, by_column, start: self.end });
+        self.end += Panels::<f32>::packed_len(k, n) * self.dtype.size();
+        Place(self.planned.len() - 1)
+    }
+
+    fn fill(self, n_threads: usize) -> Result<Vec<Matrix>> {
+        let mut arena =
+            Arena::new(self.end).map_err(|source| Error::OutOfMemory { bytes: self.end, source })?;
+        match self.dtype {
+            Dtype::F32 => pack_all::<f32>(&self.planned, arena.bytes_mut(), n_threads)?,
+            Dtype::BF16 => pack_all::<bf16>(&self.planned, arena.bytes_mut(), n_threads)?,
+        }
+        let arena = arena.freeze();
+        let (dtype, end) = (self.dtype, self.end);
+        let ends = self.planned.iter().skip(1).map(|planned| planned.start).chain([end]);
+        let matrix = |(planned, end): (&Planned<'_>, usize)| Matrix {
+            slab: Slab::new(&arena, planned.start..end),
+            k: planned.k,
+            n: planned.n,
+            dtype,
+        };
+        Ok(self.planned.iter().zip(ends).map(matrix).collect())
+    }
+}
+
+/// Panels of one matrix that one thread fills; a matrix whose stored rows run across the panels is one task.
+struct Task<'a, W> {
+    planned: &'a Planned<'a>,
+    first_column: usize,
+    out: &'a mut [W],
+}
+
+/// Fills the places of all matrices. Threads take tasks as they come, and the first error ends them all.
+fn pack_all<W: Element>(planned: &[Planned<'_>], bytes: &mut [u8], n_threads: usize) -> Result<()> {
+    /// Columns of a task of a matrix stored by columns.
+    const COLUMNS: usize = 64 * NR;
+    let mut rest: &mut [W] = bytemuck::cast_slice_mut(bytes);
+    let mut tasks = Vec::new();
+    for planned in planned {
+        let (out, after) = rest.split_at_mut(Panels::<W>::packed_len(planned.k, planned.n));
+        rest = after;
+        let columns = if planned.by_column { COLUMNS } else { usize::MAX / planned.k.max(1) };
+        for (i, out) in out.chunks_mut(columns * planned.k).enumerate() {
+            tasks.push(Mutex::new(Some(Task { planned, first_column: i * columns, out })));
+        }
+    }
+    let next = AtomicUsize::new(0);
+    let failure = Mutex::new(None);
+    let work = || {
+        let mut scratch = Vec::new();
+        while let Some(slot) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let task = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(Err(error)) = task.map(|task| task.pack(&mut scratch)) {
+                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                next.store(tasks.len(), Ordering::Relaxed);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..n_threads.min(tasks.len()) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+impl<W: Element> Task<'_, W> {
+    fn pack(self, scratch: &mut Vec<f32>) -> Result<()> {
+        /// Stored rows are read in pieces of about this many values.
+        const PIECE: usize = 128 << 10;
+        let Planned { values, k, n, by_column, .. } = self.planned;
+        let (k, n) = (*k, *n);
+        if *by_column {
+            for (i, panel) in self.out.chunks_exact_mut(k * NR).enumerate() {
+                let first = self.first_column + i * NR;
+                let columns = first..(first + NR).min(n);
+                scratch.resize(columns.len() * k, 0.0);
+                values.read(columns, k, scratch)?;
+                for (lane, column) in scratch.chunks_exact(k).enumerate() {
+                    for (row, &value) in panel.as_chunks_mut::<NR>().0.iter_mut().zip(column) {
+                        row[lane] = W::from_f32(value);
+                    }
+                }
+            }
+            return Ok(());
+        }
+        let rows_at_once = (PIECE / n).max(1);
+        for first in (0..k).step_by(rows_at_once) {
+            let rows = first..(first + rows_at_once).min(k);
+            scratch.resize(rows.len() * n, 0.0);
+            values.read(rows.clone(), n, scratch)?;
+            for (i, panel) in self.out.chunks_exact_mut(k * NR).enumerate() {
+                let columns = i * NR..(i * NR + NR).min(n);
+                let panel = panel.as_chunks_mut::<NR>().0;
+                for (out, row) in panel[rows.clone()].iter_mut().zip(scratch.chunks_exact(n)) {
+                    for (out, &value) in out.iter_mut().zip(&row[columns.clone()]) {
+                        *out = W::from_f32(value);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[allow(unused_imports)]
+use Arc as _;
