@@ -13,7 +13,9 @@ fn median(mut v: Vec<f64>) -> f64 {
 
 fn main() {
     let isa = Isa::from_env().unwrap();
-    for n_threads in [1, 2] {
+    for n_threads in std::env::var("THREADS")
+        .map_or(vec![1, 2], |v| v.split(",").map(|v| v.parse().unwrap()).collect::<Vec<usize>>())
+    {
         for dtype in [Dtype::F32, Dtype::BF16] {
             let t = Instant::now();
             let options = Options { dtype, n_threads: Some(n_threads), ..Options::default() };
@@ -26,7 +28,7 @@ fn main() {
             let mut bw = vec![];
             let mut peak = vec![];
             let mut rates = [vec![], vec![], vec![], vec![], vec![]];
-            for _ in 0..5 {
+            for _ in 0..std::env::var("REPS").map_or(5, |v| v.parse().unwrap()) {
                 bw.push((0..3).map(|_| bandwidth.measure()).fold(0.0, f64::max));
                 peak.push(fma_peak(isa, n_threads).unwrap());
                 for (which, prompt) in [(0, 32usize), (1, 896)] {

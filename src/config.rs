@@ -10,7 +10,7 @@ use fields::{Fields, integer, parse, wrong};
 use serde_json::{Value, json};
 
 /// Most tokens a vocabulary may have.
-pub const MAX_VOCAB: usize = 1 << 24;
+pub const MAX_VOCAB: usize = (1 << 23) - 1;
 /// Most positions a model may have.
 pub const MAX_CTX: usize = 1 << 24;
 /// Most channels.

@@ -9,7 +9,7 @@ use crate::ops::attention::{self, BLOCK};
 use crate::simd::Element;
 use half::bf16;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The type of weights or of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,14 +30,6 @@ pub enum KvCache {
 }
 
 impl KvCache {
-    /// An empty cache for a model of this shape.
-    pub fn new(config: &Config, dtype: Dtype) -> KvCache {
-        match dtype {
-            Dtype::F32 => KvCache::F32(Cache::new(config)),
-            Dtype::BF16 => KvCache::BF16(Cache::new(config)),
-        }
-    }
-
     /// Positions held.
     pub fn len(&self) -> usize {
         match self {
@@ -60,15 +52,84 @@ impl KvCache {
     }
 }
 
-/// Blocks of keys and values of one type.
-#[derive(Clone)]
-pub struct Cache<T> {
+/// Where the caches of a model get their blocks, and leave them: fresh memory costs more than what is written to it.
+pub enum Blocks {
+    /// For float32 caches.
+    F32(Arc<Supply<f32>>),
+    /// For bfloat16 caches.
+    BF16(Arc<Supply<bf16>>),
+}
+
+impl Blocks {
+    /// Blocks for a model of this shape.
+    pub fn new(config: &Config, dtype: Dtype) -> Blocks {
+        match dtype {
+            Dtype::F32 => Blocks::F32(Arc::new(Supply::new(config))),
+            Dtype::BF16 => Blocks::BF16(Arc::new(Supply::new(config))),
+        }
+    }
+
+    /// An empty cache.
+    pub fn new_cache(&self) -> KvCache {
+        match self {
+            Blocks::F32(supply) => KvCache::F32(Cache::new(supply)),
+            Blocks::BF16(supply) => KvCache::BF16(Cache::new(supply)),
+        }
+    }
+}
+
+/// Blocks of one shape that no cache uses at the moment.
+pub struct Supply<T> {
     n_layer: usize,
     n_head: usize,
     /// Elements of one head of one layer in a block.
     head_len: usize,
+    /// As many blocks as a sequence of the longest length has; more are given back to the system.
+    kept: usize,
+    free: Mutex<Vec<Arc<[T]>>>,
+}
+
+impl<T: Element> Supply<T> {
+    fn new(config: &Config) -> Supply<T> {
+        Supply {
+            n_layer: config.n_layer,
+            n_head: config.n_head,
+            head_len: attention::block_len(config.head_size()),
+            kept: config.n_ctx.div_ceil(BLOCK),
+            free: Mutex::default(),
+        }
+    }
+
+    /// A block of unspecified content: positions that were not written are never looked at.
+    fn take(&self) -> Arc<[T]> {
+        let used = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        used.unwrap_or_else(|| {
+            std::iter::repeat_n(T::default(), self.n_layer * self.n_head * self.head_len).collect()
+        })
+    }
+
+    fn give_back(&self, blocks: impl Iterator<Item = Arc<[T]>>) {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        for block in blocks {
+            if free.len() < self.kept && Arc::strong_count(&block) == 1 {
+                free.push(block);
+            }
+        }
+    }
+}
+
+/// Blocks of keys and values of one type.
+#[derive(Clone)]
+pub struct Cache<T: Element> {
+    supply: Arc<Supply<T>>,
     len: usize,
     blocks: Vec<Arc<[T]>>,
+}
+
+impl<T: Element> Drop for Cache<T> {
+    fn drop(&mut self) {
+        self.supply.give_back(self.blocks.drain(..));
+    }
 }
 
 /// A type that caches are held in.
@@ -99,14 +160,13 @@ impl CacheElement for bf16 {
 }
 
 impl<T: Element> Cache<T> {
-    fn new(config: &Config) -> Cache<T> {
-        let head_len = attention::block_len(config.head_size());
-        Cache { n_layer: config.n_layer, n_head: config.n_head, head_len, len: 0, blocks: Vec::new() }
+    fn new(supply: &Arc<Supply<T>>) -> Cache<T> {
+        Cache { supply: Arc::clone(supply), len: 0, blocks: Vec::new() }
     }
 
     fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
-        self.blocks.truncate(self.len.div_ceil(BLOCK));
+        self.supply.give_back(self.blocks.drain(self.len.div_ceil(BLOCK)..));
     }
 
     /// Makes room for `count` more positions in blocks that no other sequence shares.
@@ -115,10 +175,8 @@ impl<T: Element> Cache<T> {
         for block in self.blocks.iter_mut().skip(first_written) {
             Arc::make_mut(block);
         }
-        let len = self.n_layer * self.n_head * self.head_len;
         let wanted = (self.len + count).div_ceil(BLOCK);
-        // Zeros: positions not yet written are multiplied, though never used, and have to be finite.
-        self.blocks.resize_with(wanted, || std::iter::repeat_n(T::default(), len).collect());
+        self.blocks.resize_with(wanted, || self.supply.take());
     }
 
     /// Counts `count` positions as written, in every layer.
@@ -133,22 +191,19 @@ impl<T: Element> Cache<T> {
     pub fn heads(&mut self, layer: usize) -> Vec<Head<'_, T>> {
         let (past, written) = self.blocks.split_at_mut(self.len / BLOCK);
         let (past, first) = (&*past, past.len());
-        let layer_len = self.n_head * self.head_len;
-        let mut heads: Vec<Head<'_, T>> = (0..self.n_head)
+        let Supply { n_head, head_len, .. } = *self.supply;
+        let layer_len = n_head * head_len;
+        let mut heads: Vec<Head<'_, T>> = (0..n_head)
             .map(|head| {
-                let start = layer * layer_len + head * self.head_len;
-                Head {
-                    past,
-                    first,
-                    range: start..start + self.head_len,
-                    written: Vec::with_capacity(written.len()),
-                }
+                let start = layer * layer_len + head * head_len;
+                let range = start..start + head_len;
+                Head { past, first, range, written: Vec::with_capacity(written.len()) }
             })
             .collect();
         for block in written {
             let block = Arc::get_mut(block).expect("reserve() made these blocks this sequence's own");
             let layer = &mut block[layer * layer_len..(layer + 1) * layer_len];
-            for (head, block) in heads.iter_mut().zip(layer.chunks_exact_mut(self.head_len)) {
+            for (head, block) in heads.iter_mut().zip(layer.chunks_exact_mut(head_len)) {
                 head.written.push(block);
             }
         }

@@ -5,7 +5,7 @@
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::kv_cache::{CacheElement, KvCache};
+use crate::kv_cache::{Blocks, CacheElement, KvCache};
 use crate::parallel::{Activations, AttentionRun, Workers};
 use crate::pool::{PerProcess, Pool, default_threads};
 use crate::simd::Isa;
@@ -23,6 +23,7 @@ pub struct Model {
     kv_dtype: Dtype,
     isa: Isa,
     n_threads: usize,
+    blocks: Blocks,
     engine: PerProcess<Engine>,
 }
 
@@ -100,7 +101,8 @@ impl Model {
             Engine::new(isa, pool)
         });
         let kv_dtype = options.kv_dtype.unwrap_or(dtype);
-        Ok(Model { config, weights, dtype, kv_dtype, isa, n_threads, engine })
+        let blocks = Blocks::new(&config, kv_dtype);
+        Ok(Model { config, weights, dtype, kv_dtype, isa, n_threads, blocks, engine })
     }
 
     /// The model's shape.
@@ -135,7 +137,7 @@ impl Model {
 
     /// An empty cache for a sequence of this model.
     pub fn new_cache(&self) -> KvCache {
-        KvCache::new(&self.config, self.kv_dtype)
+        self.blocks.new_cache()
     }
 
     /// Computes new tokens of any number of sequences in one pass, at most [`MAX_ROWS`] in all.

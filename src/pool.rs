@@ -111,9 +111,9 @@ impl Pool {
         let own = catch_unwind(AssertUnwindSafe(|| work(0)));
         let mut spins = 0u32;
         while shared.running.load(Ordering::Acquire) != 0 {
-            spins += 1;
-            // A worker that is late may need this very core.
-            if spins.is_multiple_of(1 << 14) { thread::yield_now() } else { std::hint::spin_loop() }
+            spins = spins.saturating_add(1);
+            // A worker that is late by more than any imbalance may be waiting for this very core.
+            if spins > 4096 { thread::yield_now() } else { std::hint::spin_loop() }
         }
         let theirs = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(panic) = own.err().or(theirs) {
@@ -307,7 +307,7 @@ impl<T> Drop for PerProcess<T> {
 /// (affinity and cgroup quota), physical cores only, and one for each [`BYTES_PER_THREAD`].
 pub fn default_threads(bytes: usize) -> usize {
     /// Below this share of the weights, a thread waits at barriers longer than it reads.
-    const BYTES_PER_THREAD: usize = 1 << 20;
+    const BYTES_PER_THREAD: usize = 8 << 20;
     let usable = thread::available_parallelism().map_or(1, usize::from);
     usable.min(num_cpus::get_physical()).min(bytes / BYTES_PER_THREAD).max(1)
 }

@@ -3,12 +3,14 @@
 use crate::checkpoint::StoredType;
 use crate::error::Error;
 use crate::model::Options;
-use crate::sample::{Sample, Sampling};
+use crate::sample::{Sample, Sampling, Scratch};
 use crate::session::{self, DecodeScratch, Proceed, Sequence};
 use crate::simd::Isa;
 use crate::weights::{Dtype, Origin};
 use crate::{checkpoint, config, model, probe, save};
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
+use numpy::{
+    PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn, PyUntypedArrayMethods,
+};
 use pyo3::exceptions::{PyFileNotFoundError, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use std::cell::{Cell, RefCell};
@@ -441,6 +443,17 @@ impl Sampler {
             logprobs,
             top_logprobs,
         })
+    }
+    fn choose(
+        &self,
+        py: Python<'_>,
+        logits: PyReadonlyArray1<'_, f32>,
+        tokens: Vec<u32>,
+    ) -> PyResult<PySample> {
+        let logits = logits.as_slice()?.to_vec();
+        let sample =
+            py.detach(|| self.0.choose(Isa::from_env()?, &logits, &tokens, &mut Scratch::default()))?;
+        Ok(PySample(sample))
     }
 }
 

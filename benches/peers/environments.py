@@ -63,7 +63,7 @@ def make(peer: Peer, work: Path) -> Path:
 
 
 def reason(log: Path) -> str:
-    """The line of an installer's log that says most: its last error, else its last line."""
+    """The line of a program's messages that says most: its last error, else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith("error")]
     return (errors or lines or ["no output"])[-1]

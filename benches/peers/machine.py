@@ -32,5 +32,5 @@ def describe() -> dict[str, str]:
     return {
         "cpu": cpu,
         "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
+        "python": f"Python {platform.python_version()}",
     }

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from environments import reason
 from workloads import FIRST_TOKEN, MEMORY
 
 HERE = Path(__file__).parent
@@ -55,7 +56,7 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             status = self.process.wait()
-            raise WorkerError(f"ended with status {status} (its messages: {self.log})")
+            raise WorkerError(f"ended with status {status}: {reason(self.log)} (all of it: {self.log})")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"])

@@ -36,7 +36,7 @@ def print_table(heading: Row, rows: list[Row]) -> None:
 
 def print_run(dtype: str, run: SideBySide, workloads: list[Workload], shape: Shape) -> None:
     """Everything about one width."""
-    print_machine(run.probes)
+    print_machine([probe for probes in run.probes.values() for probe in probes])
     print_agreement(dtype, run.entries)
     for workload in workloads:
         print_workload(dtype, run, workload, shape)
@@ -82,7 +82,8 @@ def print_workload(dtype: str, run: SideBySide, workload: Workload, shape: Shape
     for entry in run.entries:
         speeds = entry.tokens_per_second[workload.name]
         ratio = "" if entry.peer is GPT2RS else ratios(ours, speeds)
-        rows.append((entry.title, spread(speeds), ratio, share(dtype, run.probes, workload, shape, speeds)))
+        percent = share(dtype, run.probes[workload.name], workload, shape, speeds)
+        rows.append((entry.title, spread(speeds), ratio, percent))
     limit = "of read bandwidth" if workload.is_decode else "of FMA peak"
     print_table((workload.title, "tokens/s", "gpt2rs/peer", limit), rows)
 

@@ -5,6 +5,7 @@ README.md tells what is measured and how. Exit status 1: a float32 text is wrong
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -133,6 +134,7 @@ def entries_of(
 
 def main() -> int:
     arguments = parse_arguments()
+    load = os.getloadavg()[0]
     missing: dict[str, str] = {}
     environments = prepare_environments(arguments, missing)
     checkpoint, identity, reference = prepare_checkpoint(arguments.work)
@@ -147,13 +149,15 @@ def main() -> int:
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "machine": machine.describe(),
+        "load": load,
         "threads": arguments.threads,
         "installed_bytes": {name: found.installed_bytes for name, found in environments.items()},
         "runs": {},
         "missing": missing,
     }
     print(", ".join([record["date"], *record["machine"].values(), f"{arguments.threads} threads"]))
-    print(f"median (minimum, maximum) of {arguments.repeat}")
+    print(f"load before the run: {record['load']:.1f} (above 0.5 something else is running)")
+    print(f"median (minimum, maximum) of {arguments.repeat}", flush=True)
     right, any_ran = True, False
     for dtype in arguments.dtype:
         run = SideBySide(

@@ -60,13 +60,16 @@ Probe = dict[str, float] | str
 
 
 class SideBySide:
-    """The entries of one width. An entry that fails leaves, its reason in `failed`; the others go on."""
+    """The entries of one width. An entry that fails leaves, its reason in `failed`; the others go on.
+
+    `probes` has the machine's limits by workload, one a repeat, taken just before.
+    """
 
     def __init__(self, entries: list[Entry], course: Course) -> None:
         self.entries = entries
         self.course = course
         self.failed: dict[str, str] = {}
-        self.probes: list[Probe] = []
+        self.probes: dict[str, list[Probe]] = {workload.name: [] for workload in course.workloads}
         self.workers: dict[str, Worker] = {}
 
     def run(self, reference: Reference) -> None:
@@ -109,9 +112,10 @@ class SideBySide:
     def rounds(self) -> None:
         """A round that warms up and is not counted, then the repeats; who goes first changes with each."""
         for repeat in range(self.course.repeat + 1):
-            if repeat > 0:
-                self.probes.append(machine.probe(self.course.gpt2rs_python, self.course.n_threads))
             for workload in self.course.workloads:
+                if repeat > 0:
+                    probe = machine.probe(self.course.gpt2rs_python, self.course.n_threads)
+                    self.probes[workload.name].append(probe)
                 self.each(self.in_turn(repeat), lambda entry: self.time(entry, workload, repeat))  # noqa: B023
 
     def in_turn(self, repeat: int) -> list[Entry]:

@@ -6,6 +6,19 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "Model",
+    "Sample",
+    "Sampler",
+    "Session",
+    "__version__",
+    "decode",
+    "prefill",
+    "probe_bandwidth",
+    "probe_fma",
+]
 __version__: str
 
 @final
@@ -118,8 +131,8 @@ class Session:
 class Sampler:
     """The settings of one returned sequence, compiled."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         prompt_len: int,
         do_sample: bool = False,
@@ -134,16 +147,17 @@ class Sampler:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         no_repeat_ngram_size: int = 0,
-        bad_words_ids: Sequence[Sequence[int]] = [],
-        suppress_tokens: Sequence[int] = [],
-        logit_bias: Mapping[int, float] = {},
-        eos_token_ids: Sequence[int] = [],
+        bad_words_ids: Sequence[Sequence[int]] = ...,
+        suppress_tokens: Sequence[int] = ...,
+        logit_bias: Mapping[int, float] = ...,
+        eos_token_ids: Sequence[int] = ...,
         min_new_tokens: int = 0,
         seed: int = 0,
         index: int = 0,
         logprobs: bool = False,
         top_logprobs: int = 0,
-    ) -> None: ...
+    ) -> Sampler: ...
+    def choose(self, logits: NDArray[np.float32], tokens: Sequence[int]) -> Sample: ...
 
 @final
 class Sample:
@@ -158,3 +172,5 @@ class Sample:
 
 def prefill(sessions: Sequence[Session], prompts: Sequence[Sequence[int]]) -> None: ...
 def decode(sessions: Sequence[Session], samplers: Sequence[Sampler]) -> list[Sample]: ...
+def probe_bandwidth(n_threads: int) -> float: ...
+def probe_fma(n_threads: int) -> float: ...

@@ -16,8 +16,7 @@ from typing import Any
 
 from . import hub
 from ._core import Checkpoint, Config
-from .formats import Placement, llmc, pytorch, read_json, read_text
-from .formats.state_dict import read_state_dict
+from .formats import LLMC_MAGIC, TORCH_MAGIC, ZIP_MAGIC, Placement, read_json, read_text
 
 BUILT_IN = "shakespeare"
 _MODELS = Path(__file__).parent / "models"
@@ -216,9 +215,9 @@ def _open_file(path: Path, given: Config | None) -> Source:
     files = _shards(path, weight_map) if weight_map else [path]
     with files[0].open("rb") as file:
         start = file.read(16)
-    if start.startswith((pytorch.ZIP_MAGIC, pytorch.LEGACY_MAGIC)):
+    if start.startswith((ZIP_MAGIC, TORCH_MAGIC)):
         return _open_pytorch(files, given)
-    if int.from_bytes(start[:4], "little") == llmc.MAGIC:
+    if int.from_bytes(start[:4], "little") == LLMC_MAGIC:
         return _open_llmc(files[0], given)
     if start[8:9] == b"{":
         return _open_safetensors(files, given)
@@ -298,6 +297,8 @@ def _embedding_dtype(path: Path) -> str | None:
 
 
 def _open_pytorch(files: list[Path], given: Config | None) -> Source:
+    from .formats.state_dict import read_state_dict
+
     placements: list[Placement] = []
     model_args: dict[str, Any] | None = None
     tied: bool | None = None
@@ -329,7 +330,9 @@ def _nanogpt_config(path: Path, model_args: dict[str, Any]) -> Config:
 
 
 def _open_llmc(path: Path, given: Config | None) -> Source:
-    file = llmc.read_llmc(path)
+    from .formats.llmc import read_llmc
+
+    file = read_llmc(path)
     return _placed(path, file.placements, _config_for(path, given, lambda: as_config(file.config)))
 
 

@@ -12,14 +12,11 @@ from collections.abc import Callable, Container, Generator, Sequence
 
 from . import _core
 from .results import FinishReason, Result
-from .settings import SEED_BITS, Settings
+from .settings import Settings
 from .text import TextDecoder
 
 # Beyond this many sequences the arithmetic units are busy anyway, and keys and values only take memory.
 MAX_BATCH = 32
-
-# Odd, so that the seeds of successive windows are all different (the step of Vigna's SplitMix64).
-_SEED_STEP = 0x9E3779B97F4A7C15
 
 
 class Text:
@@ -47,36 +44,28 @@ class Text:
         self.session: _core.Session | None = None
         self.finish_reason: FinishReason | None = None
         self._n_ctx = config.n_ctx
-        self._config = config
         self._settings = settings
         self._seed = seed
-        self._index = index
         self._room = settings.room(len(prompt), config.n_ctx)
         self._eos: Container[int] = frozenset(settings.eos_token_ids(config))
         self._logprobs: list[float] | None = [] if settings.logprobs or settings.top_logprobs else None
         self._top_logprobs: list[dict[int, float]] | None = [] if settings.top_logprobs else None
-        self.sampler = self._windowed_sampler() if self.past_context else self._whole_sampler()
+        self.sampler = settings.sampler(config, prompt_len=len(prompt), seed=seed, index=index)
         if self._room == 0:
             self._end("length")
 
     @property
-    def past_context(self) -> bool:
-        """Whether prompt and text outgrew the context, so that the next token sees the last `n_ctx` tokens
-        alone."""
-        return len(self.prompt) + len(self.tokens) > self._n_ctx
+    def full(self) -> bool:
+        """Whether prompt and text fill the context, so that the next token sees the last `n_ctx` alone."""
+        return len(self.prompt) + len(self.tokens) >= self._n_ctx
 
     @property
-    def window(self) -> list[int]:
-        """The tokens that the next one sees: all of them, or the last `n_ctx`."""
-        return (self.prompt + self.tokens)[-self._n_ctx :]
+    def all_tokens(self) -> list[int]:
+        """Prompt and text."""
+        return self.prompt + self.tokens
 
-    def restart(self, session: _core.Session) -> None:
-        """Go on in a fresh `session`, into which `window` is to be prefilled."""
-        self.session = session
-        self.sampler = self._windowed_sampler()
-
-    def append(self, sample: _core.Sample) -> bool:
-        """Take in the next token; returns True when it ends the text."""
+    def append(self, sample: _core.Sample) -> None:
+        """Take in the next token."""
         token = sample.token
         self.tokens.append(token)
         if self._logprobs is not None:
@@ -90,7 +79,6 @@ class Text:
             self._end("stop")
         elif len(self.tokens) == self._room:
             self._end("length")
-        return self.finish_reason is not None
 
     def result(self, decode: Callable[[Sequence[int]], str]) -> Result:
         """The finished text; `decode` turns tokens into text where that was not done on the way."""
@@ -111,25 +99,6 @@ class Text:
         if self.decoder is not None:
             self.decoder.finish()
 
-    def _whole_sampler(self) -> _core.Sampler:
-        return self._settings.sampler(
-            self._config, prompt_len=len(self.prompt), seed=self._seed, index=self._index
-        )
-
-    def _windowed_sampler(self) -> _core.Sampler:
-        # The core counts positions from the start of the window, which has moved: a seed for each place of
-        # the window keeps the random numbers of successive tokens apart.
-        dropped = len(self.prompt) + len(self.tokens) - self._n_ctx
-        missing = self._settings.min_new_tokens - len(self.tokens)
-        prompt_len = max(0, len(self.prompt) - dropped)
-        return self._settings.sampler(
-            self._config,
-            prompt_len=prompt_len,
-            seed=(self._seed + dropped * _SEED_STEP) % 2**SEED_BITS,
-            index=self._index,
-            min_new_tokens=self._n_ctx - prompt_len + 1 if missing > 0 else 0,
-        )
-
 
 def steps(model: _core.Model, texts: Sequence[Text]) -> Generator[None, None, None]:
     """Write all `texts` to their end, yielding after each token that every text in work has got.
@@ -138,25 +107,18 @@ def steps(model: _core.Model, texts: Sequence[Text]) -> Generator[None, None, No
     """
     waiting = _Waiting(model, texts)
     active: list[Text] = []
-    sessions: list[_core.Session] = []
-    samplers: list[_core.Sampler] = []
-    changed = True
     while True:
-        if changed:
-            active = [text for text in active if text.finish_reason is None]
-            active += waiting.start(MAX_BATCH - len(active))
-            if not active:
-                return
-        if past := [text for text in active if text.past_context]:
-            _slide(model, past)
-            changed = True
-        if changed:
-            sessions = [text.session for text in active if text.session is not None]
-            samplers = [text.sampler for text in active]
-            changed = False
-        for text, sample in zip(active, _core.decode(sessions, samplers), strict=True):
-            if text.append(sample):
-                changed = True
+        active = [text for text in active if text.finish_reason is None]
+        active += waiting.start(MAX_BATCH - len(active))
+        if not active:
+            return
+        fitting = [text for text in active if not text.full]
+        sliding = [text for text in active if text.full]
+        sessions = [text.session for text in fitting if text.session is not None]
+        samples = _core.decode(sessions, [text.sampler for text in fitting])
+        for text, sample in zip(fitting, samples, strict=True):
+            text.append(sample)
+        _slide(model, sliding)
         yield
 
 
@@ -167,11 +129,12 @@ def write(model: _core.Model, texts: Sequence[Text]) -> None:
 
 
 def _slide(model: _core.Model, texts: Sequence[Text]) -> None:
-    """Compute the last `n_ctx` tokens of each text from scratch, at positions counted from 0."""
+    """Choose the next token of texts that fill the context: from their last `n_ctx`, computed afresh."""
+    n_ctx = model.config.n_ctx
     sessions = [model.session() for _ in texts]
+    _core.prefill(sessions, [text.all_tokens[-n_ctx:] for text in texts])
     for text, session in zip(texts, sessions, strict=True):
-        text.restart(session)
-    _core.prefill(sessions, [text.window for text in texts])
+        text.append(text.sampler.choose(session.logits, text.all_tokens))
 
 
 class _Waiting:
@@ -188,9 +151,11 @@ class _Waiting:
         self._prefilled: dict[tuple[int, ...], _core.Session] = {}
 
     def start(self, count: int) -> list[Text]:
-        """Up to `count` texts, their prompts computed except for those that outgrow the context."""
+        """Up to `count` texts, their prompts computed where they leave room in the context."""
+        if not self._queue:
+            return []
         starting = [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
-        fitting = [(prompt, text) for prompt, text in starting if not text.past_context]
+        fitting = [(prompt, text) for prompt, text in starting if not text.full]
         fresh = {prompt: self._model.session() for prompt, _ in fitting if prompt not in self._prefilled}
         if fresh:
             _core.prefill(list(fresh.values()), [list(prompt) for prompt in fresh])

@@ -254,11 +254,11 @@ class GPT2:
     ) -> Result | list[Result] | list[list[Result]]:
         """Continue one prompt, or several at once.
 
-        One prompt gives one `Result`, a list of prompts (or a 2-D array, a prompt a row) a list of them;
-        where `num_return_sequences` is given, be it 1, each of these is a list of that many.  The most likely
-        text is taken unless a setting asks for sampling.  Prompts of different lengths go together without
-        padding; a prompt's answer does not depend on the others.  `Settings` describes all settings, with
-        their names in Hugging Face's `generate`.
+        One prompt gives one `Result`, a list of prompts a list of them; where `num_return_sequences` is
+        given, be it 1, each of these is a list of that many.  The most likely text is taken unless a setting
+        asks for sampling.  Prompts of different lengths go together without padding, and a prompt's answer
+        does not depend on the others.  `Settings` describes all settings, with their names in Hugging Face's
+        `generate`.
 
         Special tokens written out in a text, `<|endoftext|>`, are taken as such.
 

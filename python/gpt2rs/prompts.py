@@ -16,13 +16,10 @@ if TYPE_CHECKING:
 
 
 def is_batch(prompts: object) -> bool:
-    """Whether `prompts` is several prompts, that is, a sequence of texts or of sequences, or a 2-D array."""
-    if isinstance(prompts, str):
-        return False
-    if isinstance(prompts, np.ndarray):
-        return prompts.ndim > 1
+    """Whether `prompts` is several prompts, that is, a sequence of texts, of sequences or of arrays."""
     return (
-        isinstance(prompts, Sequence)
+        not isinstance(prompts, str)
+        and isinstance(prompts, Sequence)
         and len(prompts) > 0
         and isinstance(prompts[0], str | Sequence | np.ndarray)
     )
@@ -58,15 +55,15 @@ def encode(
 
 
 def _as_array(prompt: Tokens, what: str) -> NDArray[np.integer[Any]]:
-    expected = "it must be a text, or a 1-D list or array of integer token ids"
+    expected = "it must be a text, or a 1-D list or array of integer token ids; several prompts go in a list"
     if not isinstance(prompt, Sequence | np.ndarray):
         raise ValueError(f"{what} is a {type(prompt).__name__}; {expected}")
-    if len(prompt) == 0:
-        return np.zeros(0, dtype=np.int64)
     try:
         ids = np.asarray(prompt)
     except (ValueError, OverflowError):
         raise ValueError(f"{what} is a nested or uneven list; {expected}") from None
+    if ids.shape == (0,):
+        return np.zeros(0, dtype=np.int64)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"{what} is an array of shape {ids.shape} and dtype {ids.dtype}; {expected}")
     return ids

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from . import _core
 
@@ -25,10 +25,9 @@ _TOKENIZER_FILES = (
 
 
 def save_pretrained(model: _core.Model, folder: Path, *, tokenizer_folder: Path | None) -> None:
-    """Write `model` and the tokenizer's files of `tokenizer_folder` into `folder`, made where it does not
-    exist.
+    """Write `model` and the tokenizer's files of `tokenizer_folder` into `folder`, which is made if need be.
 
-    Every file is complete under another name before the first takes its place.  OSError names the folder; no
+    Every file is complete elsewhere before the first takes its place.  OSError names the folder; no
     half file stays behind.
     """
     config = {**json.loads(model.config.to_json()), "torch_dtype": model.dtype}
@@ -39,18 +38,13 @@ def save_pretrained(model: _core.Model, folder: Path, *, tokenizer_folder: Path 
     if tokenizer_folder is not None:
         sources = (tokenizer_folder / name for name in _TOKENIZER_FILES)
         writers |= {source.name: partial(shutil.copyfile, source) for source in sources if source.is_file()}
-    # The process id keeps two processes that save at the same time apart.
-    beside = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, write in writers.items():
-            write(beside[name])
-        for name, path in beside.items():
-            path.replace(folder / name)
+        # Within the folder, so that moving a file out of it is one step, and nothing is left on another disk.
+        with TemporaryDirectory(prefix=".saving-", dir=folder, ignore_cleanup_errors=True) as unfinished:
+            for name, write in writers.items():
+                write(Path(unfinished) / name)
+            for name in writers:
+                Path(unfinished, name).replace(folder / name)
     except OSError as error:
-        raise type(error)(
-            error.errno, f"cannot save the model: {error.strerror or error}", str(folder)
-        ) from error
-    finally:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
+        raise type(error)(f"cannot save the model in {folder}: {error}") from error

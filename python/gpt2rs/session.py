@@ -102,5 +102,8 @@ class Session:
 
     def truncate(self, n: int) -> None:
         """Forget all but the first `n` tokens; ValueError unless 0 <= n <= pos."""
-        self._core.truncate(check_count("n", n))
+        n = check_count("n", n)
+        if n > self._core.pos:
+            raise ValueError(f"n is {n}; the sequence has {self._core.pos} tokens")
+        self._core.truncate(n)
         self._prompt_len = min(self._prompt_len, n)

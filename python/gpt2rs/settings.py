@@ -81,7 +81,7 @@ class Settings:
             Face.
         context_overflow: "error", or "slide": past `n_ctx` tokens the model sees the last `n_ctx` alone, at
             positions counted from 0 and recomputed for every token, as the loop of the textbooks does
-            (`idx[:, -context_length:]`).  Slow by nature.  Penalties then look at those last tokens only.
+            (`idx[:, -context_length:]`).  Slow by nature.
 
     Sampling
         do_sample: None to infer it as said above.
@@ -238,13 +238,12 @@ class Settings:
         prompt_len: int,
         seed: int,
         index: int = 0,
-        min_new_tokens: int | None = None,
     ) -> _core.Sampler:
         """These settings compiled for one returned sequence.
 
         prompt_len: tokens of the sequence that were given rather than generated.  index: place among the
-        sequences returned for the prompt.  min_new_tokens: in place of the setting.  ValueError for token ids
-        outside the vocabulary and a `top_logprobs` beyond its size.
+        sequences returned for the prompt.  ValueError for token ids outside the vocabulary and a
+        `top_logprobs` beyond its size.
         """
         n_vocab = config.n_vocab
         if self.top_logprobs > n_vocab:
@@ -273,7 +272,7 @@ class Settings:
             suppress_tokens=check_vocabulary("suppress_tokens", self.suppress_tokens or (), n_vocab),
             logit_bias=biases,
             eos_token_ids=self.eos_token_ids(config),
-            min_new_tokens=self.min_new_tokens if min_new_tokens is None else min_new_tokens,
+            min_new_tokens=self.min_new_tokens,
             seed=seed,
             index=index,
             logprobs=self.logprobs or self.top_logprobs > 0,

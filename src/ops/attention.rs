@@ -106,7 +106,8 @@ impl<T: Element> Kernel for Attention<'_, T> {
 }
 
 impl<T: Element> Attention<'_, T> {
-    /// `N` queries from `row` on against the first `visible` positions of a run, merged into their state.
+    /// `N` queries from `row` on, of which the first sees `visible` positions from the run's start, the next one more,
+    /// against that run; merged into their state.
     #[inline(always)]
     fn tile<S: Simd, const N: usize>(
         &self,
@@ -131,19 +132,17 @@ impl<T: Element> Attention<'_, T> {
         let mut run_max = [0.0; N];
         let mut run_sum = [0.0; N];
         for (r, weights) in weights.iter_mut().enumerate() {
-            weights[visible..].fill(f32::NEG_INFINITY);
+            weights[RUN.min(visible + r)..].fill(f32::NEG_INFINITY);
             (run_max[r], run_sum[r]) = softmax_run(simd, weights);
         }
 
         let width = sums.len() / N;
-        let mut channel = 0;
-        while channel < width {
-            if S::WIDE && channel + 4 * LANES <= width {
-                self.values::<S, N, 4>(simd, blocks, &weights, visible, channel, next, room);
-                channel += 4 * LANES;
-            } else {
-                self.values::<S, N, 1>(simd, blocks, &weights, visible, channel, next, room);
-                channel += LANES;
+        if N == 1 || visible >= RUN {
+            self.values::<S, N>(simd, blocks, &weights, visible, next, room);
+        } else {
+            // Each sees another number of positions, and what it does not see may not even be multiplied by zero.
+            for (r, (weights, room)) in weights.iter().zip(room.chunks_exact_mut(width)).enumerate() {
+                self.values::<S, 1>(simd, blocks, &[*weights], visible + r, next, room);
             }
         }
 
@@ -197,7 +196,7 @@ impl<T: Element> Attention<'_, T> {
             for b in 0..NB {
                 lanes[b] = T::load(simd, &k[b][d]);
                 if N == 1 {
-                    simd.prefetch(ahead[b].wrapping_add(d * BLOCK));
+                    simd.prefetch_l2(ahead[b].wrapping_add(d * BLOCK));
                 }
             }
             for r in 0..N {
@@ -215,10 +214,34 @@ impl<T: Element> Attention<'_, T> {
         }
     }
 
-    /// `N` weighted sums of `NV` registers of the values' channels: chains over the positions ascending.
+    /// `N` weighted sums of the values of the first `visible` positions.
+    #[inline(always)]
+    fn values<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        blocks: &[&[T]],
+        weights: &[[f32; RUN]; N],
+        visible: usize,
+        next: &[&[T]],
+        room: &mut [f32],
+    ) {
+        let width = self.q.columns().next_multiple_of(LANES);
+        let mut channel = 0;
+        while channel < width {
+            if S::WIDE && channel + 4 * LANES <= width {
+                self.channels::<S, N, 4>(simd, blocks, weights, visible, channel, next, room);
+                channel += 4 * LANES;
+            } else {
+                self.channels::<S, N, 1>(simd, blocks, weights, visible, channel, next, room);
+                channel += LANES;
+            }
+        }
+    }
+
+    /// The same for `NV` registers of channels: chains over the positions ascending.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    fn values<S: Simd, const N: usize, const NV: usize>(
+    fn channels<S: Simd, const N: usize, const NV: usize>(
         &self,
         simd: S,
         blocks: &[&[T]],
@@ -240,7 +263,7 @@ impl<T: Element> Attention<'_, T> {
                 for j in 0..NV {
                     lanes[j] = T::load(simd, &row[j]);
                     if N == 1 {
-                        simd.prefetch(ahead.wrapping_add(slot * width + channel + j * LANES));
+                        simd.prefetch_l2(ahead.wrapping_add(slot * width + channel + j * LANES));
                     }
                 }
                 for r in 0..N {

@@ -16,9 +16,12 @@ use std::ops::Range;
 /// Columns of a panel.
 pub const NR: usize = 2 * LANES;
 
-/// How much of k a pass over many rows takes at a time: a panel's piece fits the first-level cache, the rows' pieces
-/// the second-level one.
-const KC: usize = 256;
+/// How much of k a pass over many rows takes at most: long, since each cut stores and loads all sums, and short enough
+/// for a panel's piece to stay in the second-level cache beside a tile's inputs.
+const KC: usize = 1024;
+
+/// Rows of the tallest tile: 14 x 2 registers of sums leave four of 32 for weights and inputs.
+const TALLEST: usize = 14;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -114,13 +117,14 @@ impl<W: Element> Kernel for MatMul<'_, W> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let tallest = if S::WIDE { 14 } else { 6 };
-        let tiles = self.rows.div_ceil(tallest);
-        let kc = if tiles == 1 { self.w.k } else { KC };
+        let tiles = self.rows.div_ceil(if S::WIDE { TALLEST } else { 6 });
+        // Pieces of one length, as a short last one would cost as many stores and loads.
+        let kc = if tiles == 1 { self.w.k } else { self.w.k.div_ceil(self.w.k.div_ceil(KC)) };
         let columns = self.out.range();
         if columns.is_empty() || self.rows == 0 {
             return;
         }
+        let mut sums: Tile = [[0.0; NR]; TALLEST];
         let panels = columns.start / NR..columns.end.div_ceil(NR);
         for k0 in (0..self.w.k).step_by(kc) {
             let ks = k0..(k0 + kc).min(self.w.k);
@@ -129,7 +133,7 @@ impl<W: Element> Kernel for MatMul<'_, W> {
                 if tiles == 1 {
                     let part = Part { panel, rows: 0..self.rows, ks: ks.clone() };
                     let ahead = piece.as_ptr().cast::<u8>().wrapping_add(AHEAD_BYTES);
-                    self.tile::<S, true>(simd, part, piece, ahead);
+                    self.tile::<S, true>(simd, part, piece, ahead, &mut sums);
                     continue;
                 }
                 // Each tile asks for one line of the next piece a step, so the first one or two tiles bring it whole.
@@ -138,15 +142,19 @@ impl<W: Element> Kernel for MatMul<'_, W> {
                     let rows = self.rows * tile / tiles..self.rows * (tile + 1) / tiles;
                     let brought = tile * ks.len() * LINE;
                     let ahead = next.wrapping_add(if brought < size_of_val(piece) { brought } else { 0 });
-                    self.tile::<S, false>(simd, Part { panel, rows, ks: ks.clone() }, piece, ahead);
+                    let part = Part { panel, rows, ks: ks.clone() };
+                    self.tile::<S, false>(simd, part, piece, ahead, &mut sums);
                 }
             }
         }
     }
 }
 
+/// Accumulators of a tile between memory and registers.
+type Tile = [[f32; NR]; TALLEST];
+
 impl<W: Element> MatMul<'_, W> {
-    /// The widest tile whose accumulators fit the registers: 14 x 32 of 32, 3 x 32 or 6 x 16 of 16 half as wide.
+    /// One tile: what was summed before, a piece of k, and after the last piece the epilogue.
     #[inline(always)]
     fn tile<S: Simd, const STREAM: bool>(
         &mut self,
@@ -154,16 +162,80 @@ impl<W: Element> MatMul<'_, W> {
         part: Part,
         piece: &[[W; NR]],
         ahead: *const u8,
+        sums: &mut Tile,
     ) {
+        // The tile's place among this thread's columns, of which the last panel may have fewer than NR.
+        let left = part.panel * NR - self.out.range().start;
+        let columns = left..(left + NR).min(self.out.range().len());
+        let last = part.ks.end == self.w.k;
+        for row in part.rows.clone() {
+            // Stores to lines that are not there would wait at the tile's end, and the next tile with them.
+            let out = match &mut self.then {
+                Then::AddTo(residual) if last => residual.row(row),
+                _ => self.out.row(row),
+            };
+            simd.prefetch(out[columns.start..].as_ptr());
+            simd.prefetch(out[columns.end - 1..].as_ptr());
+        }
+        if part.ks.start > 0 {
+            for (sums, row) in sums.iter_mut().zip(part.rows.clone()) {
+                let out = &self.out.row(row)[columns.clone()];
+                match out.first_chunk() {
+                    Some(whole) => *sums = *whole,
+                    None => sums[..out.len()].copy_from_slice(out),
+                }
+            }
+        }
+        self.multiply::<S, STREAM>(simd, &part, piece, ahead, sums);
+        for (sums, row) in sums.iter().zip(part.rows) {
+            if last {
+                self.finish(simd, row, columns.clone(), sums);
+            } else {
+                let out = &mut self.out.row(row)[columns.clone()];
+                match out.first_chunk_mut() {
+                    Some(whole) => *whole = *sums,
+                    None => out.copy_from_slice(&sums[..columns.len()]),
+                }
+            }
+        }
+    }
+
+    /// By as many rows at once as there are, and as many columns as leave their sums in registers: 14 x 32 of 32
+    /// registers, 3 x 32 or 6 x 16 of sixteen that are half as wide.
+    #[inline(always)]
+    fn multiply<S: Simd, const STREAM: bool>(
+        &self,
+        simd: S,
+        part: &Part,
+        piece: &[[W; NR]],
+        ahead: *const u8,
+        sums: &mut Tile,
+    ) {
+        let fresh = part.ks.start == 0;
+        let x = |row: usize| &self.x.row(part.rows.start + row)[part.ks.clone()];
         macro_rules! whole {
             ($rows:literal) => {
-                self.accumulate::<S, STREAM, $rows, 0, 2>(simd, &part, piece, ahead)
+                multiply::<S, W, STREAM, $rows, 0, 2>(simd, std::array::from_fn(x), piece, ahead, fresh, sums)
             };
         }
         macro_rules! halves {
             ($rows:literal) => {{
-                self.accumulate::<S, STREAM, $rows, 0, 1>(simd, &part, piece, ahead);
-                self.accumulate::<S, STREAM, $rows, 1, 1>(simd, &part, piece, ahead);
+                multiply::<S, W, STREAM, $rows, 0, 1>(
+                    simd,
+                    std::array::from_fn(x),
+                    piece,
+                    ahead,
+                    fresh,
+                    sums,
+                );
+                multiply::<S, W, STREAM, $rows, 1, 1>(
+                    simd,
+                    std::array::from_fn(x),
+                    piece,
+                    ahead,
+                    fresh,
+                    sums,
+                );
             }};
         }
         match (part.rows.len(), S::WIDE) {
@@ -188,95 +260,77 @@ impl<W: Element> MatMul<'_, W> {
         }
     }
 
-    /// `MR` rows by `NV` registers of the panel, from its register `V0` on.
+    /// The epilogue of a row of a panel: `columns` of this thread's.
     #[inline(always)]
-    fn accumulate<S: Simd, const STREAM: bool, const MR: usize, const V0: usize, const NV: usize>(
-        &mut self,
-        simd: S,
-        part: &Part,
-        piece: &[[W; NR]],
-        ahead: *const u8,
-    ) {
-        let steps = piece.len();
-        let mut x = [&[][..]; MR];
-        for (r, x) in x.iter_mut().enumerate() {
-            *x = &self.x.row(part.rows.start + r)[part.ks.clone()][..steps];
-        }
-        // The tile's place among this thread's columns.
-        let left = part.panel * NR + V0 * LANES - self.out.range().start;
-        let mut acc = [[simd.splat(0.0); NV]; MR];
-        if part.ks.start > 0 {
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let sums = self.out.row(part.rows.start + r);
-                for (j, acc) in acc.iter_mut().enumerate() {
-                    *acc = load_partial(simd, tail(sums, left + j * LANES));
+    fn finish<S: Simd>(&mut self, simd: S, row: usize, columns: Range<usize>, sums: &[f32; NR]) {
+        let first = self.out.range().start;
+        for (sums, at) in sums.as_chunks::<LANES>().0.iter().zip(columns.clone().step_by(LANES)) {
+            let at = at..(at + LANES).min(columns.end);
+            let mut sum = simd.load(sums);
+            if !self.bias.is_empty() {
+                sum = simd.add(sum, load_partial(simd, &self.bias[first + at.start..first + at.end]));
+            }
+            match &mut self.then {
+                Then::Store => store_partial(simd, sum, &mut self.out.row(row)[at]),
+                Then::Activate(activation) => {
+                    store_partial(simd, activate(simd, *activation, sum), &mut self.out.row(row)[at]);
+                }
+                Then::AddTo(residual) => {
+                    let out = &mut residual.row(row)[at];
+                    store_partial(simd, simd.add(load_partial(simd, out), sum), out);
                 }
             }
         }
-        for k in 0..steps {
-            if STREAM {
-                for line in 0..size_of::<[W; NR]>() / LINE {
-                    simd.prefetch(ahead.wrapping_add(k * size_of::<[W; NR]>() + line * LINE));
-                }
-            } else {
-                simd.prefetch_l2(ahead.wrapping_add(k * LINE));
-            }
-            let (w, _) = piece[k].as_chunks::<LANES>();
-            let mut lanes = [simd.splat(0.0); NV];
+    }
+}
+
+/// Adds `x @ piece` to `MR` rows of `NV` registers, from register `V0` of the panel on; to zeros when `fresh`.
+///
+/// Sums are registers from the first step to the last: nothing here may need their address.
+#[inline(always)]
+fn multiply<S: Simd, W: Element, const STREAM: bool, const MR: usize, const V0: usize, const NV: usize>(
+    simd: S,
+    mut x: [&[f32]; MR],
+    piece: &[[W; NR]],
+    ahead: *const u8,
+    fresh: bool,
+    sums: &mut Tile,
+) {
+    let steps = piece.len();
+    for x in &mut x {
+        *x = &x[..steps];
+    }
+    let mut acc = [[simd.splat(0.0); NV]; MR];
+    if !fresh {
+        for r in 0..MR {
             for j in 0..NV {
-                lanes[j] = W::load(simd, &w[V0 + j]);
-            }
-            for r in 0..MR {
-                let value = simd.splat(x[r][k]);
-                for j in 0..NV {
-                    acc[r][j] = simd.fma(value, lanes[j], acc[r][j]);
-                }
-            }
-        }
-        let last = part.ks.end == self.w.k;
-        for (r, acc) in acc.into_iter().enumerate() {
-            let row = part.rows.start + r;
-            for (j, sum) in acc.into_iter().enumerate() {
-                let at = left + j * LANES;
-                if last {
-                    self.finish(simd, row, at, sum);
-                } else {
-                    store_partial(simd, sum, tail_mut(self.out.row(row), at));
-                }
+                acc[r][j] = simd.load(&sums[r].as_chunks().0[V0 + j]);
             }
         }
     }
-
-    /// The epilogue of sixteen columns of a row, at column `at` of this thread's.
-    #[inline(always)]
-    fn finish<S: Simd>(&mut self, simd: S, row: usize, at: usize, sum: S::F32) {
-        let bias = tail(self.bias, self.out.range().start + at);
-        let sum = if self.bias.is_empty() { sum } else { simd.add(sum, load_partial(simd, bias)) };
-        match &mut self.then {
-            Then::Store => store_partial(simd, sum, tail_mut(self.out.row(row), at)),
-            Then::Activate(activation) => {
-                let value = activate(simd, *activation, sum);
-                store_partial(simd, value, tail_mut(self.out.row(row), at));
+    for k in 0..steps {
+        if STREAM {
+            for line in 0..size_of::<[W; NR]>() / LINE {
+                simd.prefetch(ahead.wrapping_add(k * size_of::<[W; NR]>() + line * LINE));
             }
-            Then::AddTo(residual) => {
-                let out = tail_mut(residual.row(row), at);
-                let value = simd.add(load_partial(simd, out), sum);
-                store_partial(simd, value, out);
+        } else {
+            simd.prefetch_l2(ahead.wrapping_add(k * LINE));
+        }
+        let (w, _) = piece[k].as_chunks::<LANES>();
+        let mut lanes = [simd.splat(0.0); NV];
+        for j in 0..NV {
+            lanes[j] = W::load(simd, &w[V0 + j]);
+        }
+        for r in 0..MR {
+            let value = simd.splat(x[r][k]);
+            for j in 0..NV {
+                acc[r][j] = simd.fma(value, lanes[j], acc[r][j]);
             }
         }
     }
-}
-
-/// What of `slice` lies in the register that begins at `start`: sixteen values, fewer at the end, or none.
-#[inline(always)]
-fn tail(slice: &[f32], start: usize) -> &[f32] {
-    let start = start.min(slice.len());
-    &slice[start..(start + LANES).min(slice.len())]
-}
-
-#[inline(always)]
-fn tail_mut(slice: &mut [f32], start: usize) -> &mut [f32] {
-    let start = start.min(slice.len());
-    let end = (start + LANES).min(slice.len());
-    &mut slice[start..end]
+    for r in 0..MR {
+        for j in 0..NV {
+            simd.store(acc[r][j], &mut sums[r].as_chunks_mut().0[V0 + j]);
+        }
+    }
 }

@@ -114,8 +114,8 @@ pub struct Sample {
     pub token: u32,
     /// Its log-probability, where [`Sampling::logprobs`] asks for it.
     pub logprob: Option<f32>,
-    /// The [`Sampling::top_logprobs`] likeliest tokens (or all V) with their log-probabilities, the likeliest first, the
-    /// lowest id first among equals.
+    /// The [`Sampling::top_logprobs`] likeliest tokens (or all V) with their log-probabilities, the likeliest first,
+    /// the lowest id first among equals.
     pub top_logprobs: Vec<(u32, f32)>,
 }
 

@@ -1,7 +1,7 @@
 //! Settings that change scores, greedy or not: biases, penalties and bans.
 //!
-//! Equal to Hugging Face transformers' processors (`generation/logits_process.py`), in the order in which its `generate`
-//! applies them; the presence and frequency penalties, which it lacks, are OpenAI's and vLLM's.
+//! Equal to Hugging Face transformers' processors (`generation/logits_process.py`), in the order in which its
+//! `generate` applies them; the presence and frequency penalties, which it lacks, are OpenAI's and vLLM's.
 
 use super::Sampling;
 use crate::error::{Error, Result};

@@ -288,3 +288,69 @@ fn log_units(log: f32) -> i64 {
     const MIDDLE: f64 = 1.5 * TWO_52;
     (f64::from(log) * LOG_UNIT + MIDDLE).to_bits() as i64 - MIDDLE.to_bits() as i64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn shares_are_rounded_up_from_exact_products() {
+        assert_eq!(share(10, 0.5), 5);
+        assert_eq!(share(11, 0.5), 6);
+        assert_eq!(share(1 << 40, 0.25), 1 << 38);
+        assert_eq!(share((1 << 40) + 1, 0.25), (1 << 38) + 1);
+        assert_eq!(share(u64::MAX, 1.0), u64::MAX);
+        assert_eq!(share(u64::MAX, 0.0), 0);
+    }
+
+    #[test]
+    fn weights_are_rounded_to_even() {
+        let unit = 2f32.powi(-40);
+        let cases = [(0.0, 0), (0.5, 0), (0.75, 1), (1.0, 1), (1.5, 2), (2.5, 2), (3.5, 4)];
+        for (units, expected) in cases {
+            assert_eq!(weight(units * unit), expected, "{units}");
+        }
+        assert_eq!(weight(1.0), 1 << 40);
+    }
+
+    #[test]
+    fn a_draw_is_the_inverse_of_the_distribution_to_the_last_bit() {
+        let settings = Sampling { do_sample: true, ..Sampling::default() };
+        let isa = Isa::available()[0];
+        // Four equal tokens, others between them without a weight; 700 more put them into two blocks.
+        let mut scores = vec![f32::NEG_INFINITY; 705];
+        let ids = [1, 3, 600, 704];
+        ids.iter().for_each(|&id| scores[id] = 0.5);
+        let (mut peaks, mut room) = (Peaks::default(), Room::default());
+        peaks.measure(&scores);
+        let candidates = Candidates::new(&settings, isa, &scores, &mut peaks, &mut room);
+        for (quarter, &id) in ids.iter().enumerate() {
+            let first = (quarter as u64) << 62;
+            assert_eq!(candidates.draw(first), id as u32);
+            assert_eq!(candidates.draw(first + ((1 << 62) - 1)), id as u32);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn key_at_mass_is_where_a_sorted_sum_reaches_it(
+            mut entries in prop::collection::vec((any::<u64>(), 0u64..1000), 1..300),
+            shift in 0u32..64,
+            part in 0.0f64..=1.0,
+        ) {
+            entries.iter_mut().for_each(|(key, _)| *key >>= shift);
+            entries[0].1 += 1;
+            let total: u64 = entries.iter().map(|(_, weight)| weight).sum();
+            let mass = share(total, part).max(1);
+            let mut ranked: Vec<Ranked> = entries.iter().map(|&(key, weight)| Ranked { key, weight }).collect();
+            entries.sort_unstable();
+            let mut sum = 0;
+            let expected = entries.iter().find(|(_, weight)| {
+                sum += weight;
+                sum >= mass
+            });
+            prop_assert_eq!(key_at_mass(&mut ranked, mass), expected.unwrap().0);
+        }
+    }
+}

@@ -32,7 +32,7 @@ def test_all_kinds_of_prompt_mean_the_same(shakespeare: gpt2rs.GPT2) -> None:
         [np.int64(token) for token in ids],
     ):
         assert shakespeare.generate(prompt, max_new_tokens=8) == wanted
-    for prompts in ([text], [ids], (text,), [np.array(ids)], np.array([ids])):
+    for prompts in ([text], [ids], (text,), [np.array(ids)], list(np.array([ids]))):
         assert shakespeare.generate(prompts, max_new_tokens=8) == [wanted]
     assert shakespeare.generate([text, ids, np.array(ids)], max_new_tokens=8) == [wanted] * 3
     np.testing.assert_array_equal(shakespeare.logits(text), shakespeare.logits(np.array(ids)))
@@ -49,7 +49,7 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
     ([10**30], "the prompt"),
     ([1.5], "dtype float64"),
     ([True, False], "dtype bool"),
-    (np.array([[[1]]]), r"shape \(1, 1\)"),
+    (np.array([[1, 2]]), r"shape \(1, 2\).*1-D.*several prompts"),
     (np.array(3), r"shape \(\)"),
     (5, "the prompt is a int"),
     (None, "the prompt is a NoneType"),
@@ -202,10 +202,10 @@ def test_min_new_tokens_holds_while_sliding() -> None:
 
 def test_logprobs_are_the_models_own(plain: gpt2rs.GPT2) -> None:
     prompt = expected("plain")["input_ids"][0, :9].tolist()
+    sampling: Any = {"temperature": 2.0, "top_k": 50, "repetition_penalty": 1.4, "seed": 1}
     result = plain.generate(
-        prompt, max_new_tokens=12, eos_token_id=None, temperature=2.0, top_k=50, repetition_penalty=1.4, seed=1,
-        logprobs=True, top_logprobs=3,
-    )  # fmt: skip
+        prompt, max_new_tokens=12, eos_token_id=None, logprobs=True, top_logprobs=3, **sampling
+    )
     assert result.logprobs is not None
     assert result.top_logprobs is not None
     rows = plain.logits(prompt + result.tokens)[len(prompt) - 1 : -1].astype(np.float64)

@@ -1,12 +1,13 @@
 """Files made to harm: each is refused with a clear error or read as what it says, and nothing in it is run.
 
-Mutations start from good files. Whatever comes of one, it must be a model or a ValueError (or FileNotFoundError), soon,
-within a bounded amount of memory.
+Mutations start from good files. Whatever comes of one, it must be a model or a ValueError (or
+FileNotFoundError), soon, within a bounded amount of memory.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import resource
@@ -17,21 +18,23 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from golden_cases import CASES
+import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch_files import Call, Pickled, global_name, pickled, plain, save, save_zip
-from torch_files import LEGACY_MAGIC as LEGACY
 
 import gpt2rs
+from golden_cases import CASES
 from gpt2rs.checkpoints import open_checkpoint
 from gpt2rs.formats.pickled import PickleReader
 from gpt2rs.tokenizer import load_tokenizer
+from torch_files import LEGACY_MAGIC as LEGACY
+from torch_files import Call, Pickled, global_name, pickled, plain, save, save_zip
 
 SHAKESPEARE = Path(__file__).parents[2] / "python" / "gpt2rs" / "models" / "shakespeare"
 CONFIG = {"vocab_size": 5, "n_positions": 4, "n_embd": 4, "n_layer": 0, "n_head": 2}
@@ -69,7 +72,8 @@ def payloads(witness: Path) -> dict[str, bytes]:
 
     system = global_name("posix system") + plain((command,)) + b"R"
     made = {
-        f"python's own, protocol {protocol}": pickle.dumps({"model": Reduced()}, protocol) for protocol in range(6)
+        f"python's own, protocol {protocol}": pickle.dumps({"model": Reduced()}, protocol)
+        for protocol in range(6)
     }
     return made | {
         "os.system": pickled(Call("os system", (command,))),
@@ -84,7 +88,13 @@ def payloads(witness: Path) -> dict[str, bytes]:
         "NEWOBJ": b"\x80\x02" + global_name("subprocess Popen") + plain((command,)) + b"\x81.",
         "STACK_GLOBAL": b"\x80\x04" + plain("os") + plain("system") + b"\x93" + plain((command,)) + b"R.",
         "EXT1": b"\x80\x02\x82\x01.",
-        "behind a storage": b"\x80\x02(" + plain("storage") + system + plain("0") + plain("cpu") + plain(1) + b"tQ.",
+        "behind a storage": b"\x80\x02("
+        + plain("storage")
+        + system
+        + plain("0")
+        + plain("cpu")
+        + plain(1)
+        + b"tQ.",
         "in BUILD": b"\x80\x02}" + b"}(" + plain("__setstate__") + system + b"ub.",
         "a name as an argument": pickled(Call("collections OrderedDict", ([],)))[:-1] + system + b".",
     }
@@ -110,12 +120,9 @@ def test_code_in_a_pickle_is_not_run(name: str, form: str, tmp_path: Path) -> No
 def test_the_payloads_would_work(tmp_path: Path) -> None:
     """The test above means something: Python's unpickler does run them."""
     witness = tmp_path / "witness"
-    for name in ("posix.system", "builtins.eval", "NEWOBJ", "python's own, protocol 2"):
-        content = payloads(witness)[name]
-        if name == "NEWOBJ":
-            content = content.replace(plain(f"touch {witness}"), plain(["touch", str(witness)]))
-        code = f"import pickle; x = pickle.loads(bytes.fromhex({content.hex()!r})); getattr(x, 'wait', int)()"
-        subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
+    for name in ("os.system", "posix.system", "builtins.eval", "OBJ", "INST", "python's own, protocol 2"):
+        code = f"import pickle; pickle.loads(bytes.fromhex({payloads(witness)[name].hex()!r}))"
+        subprocess.run([sys.executable, "-c", code], check=True)
         assert witness.exists(), name
         witness.unlink()
 
@@ -130,9 +137,9 @@ BOMBS: dict[str, bytes] = {
     "a huge integer": b"\x80\x02\x8b\xff\xff\xff\x7f.",
     "an integer of 255 bytes": b"\x80\x02\x8a\xff" + b"\x7f" * 255 + b".",
     "a decimal integer": b"I" + b"9" * 100_000 + b"\n.",
-    "a deep tuple as a key": b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"Ns.",
-    "a deep tuple": b"\x80\x02)" + b"\x85" * 1_000_000 + b".",
-    "a deep list": b"\x80\x02" + b"]" * 500_000 + b"a" * 499_999 + b".",
+    "a deep tuple as a key": b"\x80\x02}" + b")" + b"\x85" * 300_000 + b"Ns.",
+    "a deep tuple": b"\x80\x02)" + b"\x85" * 300_000 + b".",
+    "a deep list": b"\x80\x02" + b"]" * 300_000 + b"a" * 299_999 + b".",
     "a list in itself": b"\x80\x02]q\x00h\x00a.",
     "a dict in itself": b"\x80\x02}q\x00" + plain("model") + b"h\x00s.",
     "doubling": b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 100_000 + b".",
@@ -142,8 +149,8 @@ BOMBS: dict[str, bytes] = {
     "more than the limit": b"\x80\x02" + b"}" * (3 << 20) + b".",
     "an endless line": b"\x80\x02c" + b"a" * 1_000_000,
     "no end": b"\x80\x02" + b"N" * 1_000_000,
-    "a deep storage id": b"\x80\x02)" + b"\x85" * 500_000 + b"Q.",
-    "a deep tuple of keys": b"\x80\x02(" + plain("storage") + b")" + b"\x85" * 500_000 + b"tQ.",
+    "a deep storage id": b"\x80\x02)" + b"\x85" * 300_000 + b"Q.",
+    "a deep tuple of keys": b"\x80\x02(" + plain("storage") + b")" + b"\x85" * 300_000 + b"tQ.",
 }
 
 
@@ -237,7 +244,32 @@ def test_mutated_llmc_headers(seed: int, value: int, length: int, tmp_path: Path
     survives(path, CONFIG)
 
 
-JSON_PIECES = ["{", "}", "[", "]", '"', "null", "1e999", "NaN", "-1", '"../x"', "0", ",", ":", "\\ud800", "\x00", "é"]
+@given(draw=seeds)
+@many
+def test_mutated_safetensors(draw: random.Random, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(mutated(safetensors.numpy.save(STATE), draw))
+    survives(path, CONFIG)
+
+
+JSON_PIECES = [
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "null",
+    "1e999",
+    "NaN",
+    "-1",
+    '"../x"',
+    "0",
+    ",",
+    ":",
+    "\\ud800",
+    "\x00",
+    "é",
+]
 
 
 def mutated_text(text: str, draw: random.Random) -> bytes:
@@ -252,11 +284,15 @@ def mutated_text(text: str, draw: random.Random) -> bytes:
 @many
 def test_mutated_indexes_and_configs(draw: random.Random, tmp_path: Path) -> None:
     save(tmp_path / "pytorch_model-00001-of-00001.bin", STATE)
-    index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(STATE, "pytorch_model-00001-of-00001.bin")})
+    index = json.dumps(
+        {"metadata": {}, "weight_map": dict.fromkeys(STATE, "pytorch_model-00001-of-00001.bin")}
+    )
     config = json.dumps(CONFIG)
     which = draw.randrange(3)
     (tmp_path / "config.json").write_bytes(mutated_text(config, draw) if which else config.encode())
-    (tmp_path / "pytorch_model.bin.index.json").write_bytes(mutated_text(index, draw) if which < 2 else index.encode())
+    (tmp_path / "pytorch_model.bin.index.json").write_bytes(
+        mutated_text(index, draw) if which < 2 else index.encode()
+    )
     survives(tmp_path)
 
 
@@ -287,7 +323,18 @@ def test_cut_off_files(name: str, tmp_path: Path) -> None:
     weights = max(tmp_path.iterdir(), key=lambda file: file.stat().st_size)
     content = weights.read_bytes()
     assert survives(tmp_path)
-    for length in [0, 1, 3, 4, 15, 100, 1023, 1024, *range(2000, len(content), len(content) // 40), len(content) - 1]:
+    for length in [
+        0,
+        1,
+        3,
+        4,
+        15,
+        100,
+        1023,
+        1024,
+        *range(2000, len(content), len(content) // 40),
+        len(content) - 1,
+    ]:
         weights.write_bytes(content[:length])
         assert not survives(tmp_path), length
 
@@ -328,7 +375,10 @@ def test_a_wide_end_record_is_read(tmp_path: Path) -> None:
     """What archives over 4 GB have: sizes and offsets in 64 bits."""
     saved = Pickled(STATE)
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
-        for name, content in {"data.pkl": saved.bytes, **{f"data/{k}": v.tobytes() for k, v in saved.storages.items()}}.items():
+        for name, content in {
+            "data.pkl": saved.bytes,
+            **{f"data/{k}": v.tobytes() for k, v in saved.storages.items()},
+        }.items():
             with archive.open(zipfile.ZipInfo(f"archive/{name}"), "w", force_zip64=True) as entry:
                 entry.write(content)
     content = (tmp_path / "a.pt").read_bytes()
@@ -345,27 +395,25 @@ def test_two_entries_of_one_name(tmp_path: Path) -> None:
     saved = Pickled(STATE)
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         for _ in range(2):
-            with pytest.warns(UserWarning, match="Duplicate") if archive.namelist() else _nothing():
+            with pytest.warns(UserWarning, match="Duplicate") if archive.namelist() else nullcontext():
                 archive.writestr("archive/data.pkl", saved.bytes)
     with pytest.raises(ValueError, match=r"two entries are called 'archive/data\.pkl'"):
         open_checkpoint(tmp_path / "a.pt", config=CONFIG)
 
 
-class _nothing:  # noqa: N801
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
-
-
 def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
-    import os
-
     os.mkfifo(tmp_path / "pytorch_model.bin")
     assert not survives(tmp_path / "pytorch_model.bin", CONFIG)
     assert not survives(tmp_path, CONFIG)
 
 
 def test_a_sparse_file_of_a_terabyte(tmp_path: Path) -> None:
-    for start in (b"PK\x03\x04", pickled(LEGACY), struct.pack("<8i", 20240326, 3, 4, 5, 1, 2, 4, 8), b"\0" * 8 + b"{"):
+    for start in (
+        b"PK\x03\x04",
+        pickled(LEGACY),
+        struct.pack("<8i", 20240326, 3, 4, 5, 1, 2, 4, 8),
+        b"\0" * 8 + b"{",
+    ):
         with (tmp_path / "model.bin").open("wb") as file:
             file.write(start)
             try:
@@ -395,7 +443,10 @@ def test_any_bytes_as_a_pickle(data: bytes) -> None:
 
 def test_instructions_agree_with_pythons_own() -> None:
     """Plain data in every protocol that this reader knows is what Python's unpickler makes of it."""
-    value = {"a": [1, -1, 255, 256, 65536, -(2**31), 2**40, -(2**100)], "b": (1.5, None, True, False, ("x", "é" * 300))}
+    value = {
+        "a": [1, -1, 255, 256, 65536, -(2**31), 2**40, -(2**100)],
+        "b": (1.5, None, True, False, ("x", "é" * 300)),
+    }
     value["c"] = {"deep": {"er": [[], {}, ()]}, 3: "three", "again": value["a"], "bytes": b"\x00\xff" * 200}
     for protocol in (3, 4, 5):
         content = pickle.dumps(value, protocol)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from golden_cases import CASES
-from hub_server import Hub, serving
 
+from golden_cases import CASES
 from gpt2rs.hub import is_repo_id, needed_files
+from hub_server import Hub, serving
 
 SHAKESPEARE = Path(__file__).parents[2] / "python" / "gpt2rs" / "models" / "shakespeare"
 # Prints what was opened, or the error.
@@ -33,8 +33,8 @@ except (FileNotFoundError, RuntimeError, ValueError) as error:
     print(json.dumps({"error": type(error).__name__, "message": str(error)}))
 else:
     files = {path.name: path.stat().st_size for path in source.folder.iterdir()}
-    opened = {"names": source.checkpoint.names(), "n_embd": source.config.n_embd, "dtype": source.stored_dtype}
-    print(json.dumps({"files": files, "folder": str(source.folder), **opened}))
+    opened = {"names": source.checkpoint.names(), "n_embd": source.config.n_embd}
+    print(json.dumps({"files": files, "folder": str(source.folder), "dtype": source.stored_dtype, **opened}))
 """
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers from a folder's files and the published one, held against tiktoken's own and against plain BPE."""
+"""Tokenizers from a folder's files and the published one, against tiktoken's own and against plain BPE."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_download_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
     with pytest.raises(
-        RuntimeError, match="could not download GPT-2's encoding: no route to host; put vocab.json"
+        RuntimeError, match=r"could not download GPT-2's encoding: no route to host; put vocab\.json"
     ):
         load_tokenizer(None, 50257)
 

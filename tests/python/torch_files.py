@@ -1,4 +1,4 @@
-"""Files as torch.save writes them, made without torch: tensors are NumPy arrays, or views described by hand."""
+"""Files as torch.save writes them, made without torch; tensors are NumPy arrays, or views of some."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 @dataclass(frozen=True)
 class View:
-    """A tensor over the whole array `base`: element `offset` on, with a shape and strides that count elements."""
+    """A tensor over the whole array `base`: element `offset` on, shape and strides in elements."""
 
     base: np.ndarray
     offset: int
@@ -60,7 +60,7 @@ class Pickled:
     def _tensor(self, tensor: Any) -> bytes:
         if isinstance(tensor, np.ndarray):
             tensor = view(tensor)
-        # Arrays are of one storage when their memory is; what is stored stays alive, so no address comes twice.
+        # Arrays are of one storage when their memory is; storages are kept, so no address comes twice.
         key = self._keys.setdefault(tensor.base.ctypes.data, str(len(self._keys)))
         self.storages.setdefault(key, tensor.base)
         kind = global_name(f"torch {STORAGE_TYPES[tensor.base.dtype.name]}")

@@ -12,6 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# How the files begin, by which they are told apart without importing their readers.
+ZIP_MAGIC = b"PK\x03\x04"
+# A pickle of protocol 2 that holds the integer 0x1950a86a20f9469cfc6c: torch.save before PyTorch 1.6.
+TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+LLMC_MAGIC = 20240326
+
 # Configs and indexes are kilobytes, GPT-2's vocabulary is a megabyte; more than this is no such file.
 TEXT_LIMIT = 16 << 20
 

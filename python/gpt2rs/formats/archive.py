@@ -56,7 +56,9 @@ def _directory(file: BinaryIO, size: int) -> tuple[int, int]:
     end = tail.rfind(_END)
     if end < 0:
         raise ValueError("the zip archive has no end record; the file is cut off")
-    length, start = struct.unpack_from("<II", tail, end + 12)
+    length, start, n_comment = struct.unpack_from("<IIH", tail, end + 12)
+    if end + _END_SIZE + n_comment != len(tail):
+        raise ValueError("the zip archive's end record is not at its end; the file is cut off")
     locator = end - _LOCATOR_SIZE
     if locator >= 0 and tail[locator : locator + 4] == _LOCATOR_64:
         (end_64,) = struct.unpack_from("<Q", tail, locator + 8)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import Placement, StoredTensor, place
+from . import LLMC_MAGIC, Placement, StoredTensor, place
 
-MAGIC = 20240326
 HEADER_BYTES = 256 * 4
 _DTYPES = {3: ("float32", 4), 5: ("bfloat16", 2)}
 # Far above GPT-2 XL's largest (50,304), and small enough that no product of them is beyond reason.
@@ -40,8 +39,10 @@ def read_llmc(path: Path) -> LlmcFile:
     if len(header) < HEADER_BYTES:
         raise ValueError(f"{path}: {len(header)} bytes, expected a header of {HEADER_BYTES}")
     magic, version, n_ctx, n_vocab, n_layer, n_head, n_embd, n_padded = struct.unpack_from("<8i", header)
-    if magic != MAGIC or version not in _DTYPES:
-        raise ValueError(f"{path}: magic {magic} version {version}, expected magic {MAGIC} version 3 or 5")
+    if magic != LLMC_MAGIC or version not in _DTYPES:
+        raise ValueError(
+            f"{path}: magic {magic} version {version}, expected magic {LLMC_MAGIC} version 3 or 5"
+        )
     fields = {"maxT": n_ctx, "V": n_vocab, "NH": n_head, "C": n_embd, "Vp": n_padded}
     for field, value in fields.items():
         if not 0 < value <= _LARGEST:

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import StoredTensor
+from . import ZIP_MAGIC, StoredTensor
 from .archive import stored_entries
 from .pickled import PickleReader
 
-ZIP_MAGIC = b"PK\x03\x04"
-# A pickle of protocol 2 that holds the integer 0x1950a86a20f9469cfc6c.
-LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 _LEGACY_PROTOCOL = 1001
 # GPT-2 XL's is 100 KB; one instruction can take 80 times its own byte of memory.
 PICKLE_LIMIT = 2 << 20
