@@ -10,10 +10,11 @@ use crate::ops::embed::embed;
 use crate::ops::layernorm::LayerNorm;
 use crate::ops::matmul::{MatMul, NR, Then};
 use crate::ops::{Rows, padded_stride};
-use crate::pool::{Columns, Pool, share};
-use crate::simd::{Element, Isa};
+use crate::pool::{Columns, Pool, Queue, share};
+use crate::simd::{Element, Isa, in_default_mode};
 use crate::weights::{Dtype, Linear, Matrix, Norm};
 use half::bf16;
+use std::ops::Range;
 
 /// A row-major buffer of activations, its rows padded; it keeps its memory between passes.
 #[derive(Default)]
@@ -58,7 +59,7 @@ impl Activations {
         Rows::new(&self.data, self.stride(), self.columns)
     }
 
-    fn split(&mut self, ranges: impl IntoIterator<Item = std::ops::Range<usize>>) -> Vec<Columns<'_>> {
+    fn split(&mut self, ranges: impl IntoIterator<Item = Range<usize>>) -> Vec<Columns<'_>> {
         let stride = self.stride();
         Columns::split(&mut self.data, stride, self.rows, ranges)
     }
@@ -106,7 +107,7 @@ impl Workers {
             rest = after;
             parts.push((tokens, rows));
         }
-        self.pool.run(parts, |(tokens, rows)| {
+        let embed_all = |(tokens, rows): (&[(u32, usize)], &mut [f32])| {
             for (&(token, position), out) in tokens.iter().zip(rows.chunks_exact_mut(stride)) {
                 let wpe = &wpe[position * c..(position + 1) * c];
                 match wte.dtype() {
@@ -114,7 +115,9 @@ impl Workers {
                     Dtype::BF16 => embed(wte.panels::<bf16>(), token as usize, wpe, &mut out[..c]),
                 }
             }
-        });
+        };
+        // No kernel, which would see to that itself.
+        self.pool.run(parts, |part| in_default_mode(|| embed_all(part)));
     }
 
     /// `out = LayerNorm(x) @ w + b`, and its activation where there is one.
@@ -163,8 +166,7 @@ impl Workers {
         sums: &mut Activations,
         x: &mut Activations,
     ) {
-        let n = self.pool.n_threads();
-        let w = &linear.weight;
+        let (n, w) = (self.pool.n_threads(), &linear.weight);
         let sums = sums.shape(a.rows, w.n()).split(shares(w, n));
         let parts = x.split(shares(w, n)).into_iter().zip(sums).collect();
         let isa = self.isa;
@@ -222,10 +224,10 @@ impl Workers {
             }
             first_row += run.rows;
         }
-        let parts = deal(units, self.pool.n_threads()).into_iter().zip(&mut self.scratch).collect();
+        let units = Queue::new(units);
         let isa = self.isa;
-        self.pool.run(parts, |(units, scratch): (Vec<Unit<'_, T>>, &mut Scratch)| {
-            for unit in units {
+        self.pool.run(self.scratch.iter_mut().collect(), |scratch: &mut Scratch| {
+            while let Some(unit) = units.take() {
                 unit.attend(isa, scale, &mut scratch.attention);
             }
         });
@@ -255,34 +257,15 @@ impl<T: Element> Unit<'_, T> {
         let (rows, position) = (self.rows, self.position);
         isa.run(Attention { q, rows, position, blocks: &blocks, scale, out: self.out, scratch });
     }
-
-    /// What it costs, in query-key pairs.
-    fn cost(&self) -> usize {
-        self.rows * (self.position + self.rows)
-    }
-}
-
-/// Cuts units, in order, into `n` parts of about the same cost.
-fn deal<T: Element>(units: Vec<Unit<'_, T>>, n: usize) -> Vec<Vec<Unit<'_, T>>> {
-    let total: usize = units.iter().map(Unit::cost).sum();
-    let mut parts: Vec<Vec<Unit<'_, T>>> = (0..n).map(|_| Vec::new()).collect();
-    let mut before = 0;
-    for unit in units {
-        let cost = unit.cost();
-        // By the middle of its cost, so that equal units are dealt evenly.
-        let part = (2 * before + cost) * n / (2 * total).max(1);
-        before += cost;
-        parts[part.min(n - 1)].push(unit);
-    }
-    parts
 }
 
 /// Each thread's columns of a product: whole panels.
-fn shares(w: &Matrix, n: usize) -> impl Iterator<Item = std::ops::Range<usize>> + '_ {
-    let panels = w.n().div_ceil(NR);
+fn shares(w: &Matrix, n: usize) -> impl Iterator<Item = Range<usize>> {
+    let columns = w.n();
+    let panels = columns.div_ceil(NR);
     (0..n).map(move |i| {
         let panels = share(panels, n, i);
-        (panels.start * NR).min(w.n())..(panels.end * NR).min(w.n())
+        (panels.start * NR).min(columns)..(panels.end * NR).min(columns)
     })
 }
 

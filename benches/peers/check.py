@@ -52,12 +52,6 @@ class Agreement:
     def holds_for_float32(self) -> bool:
         return self.widest <= FLOAT32_MARGIN
 
-    def __str__(self) -> str:
-        text = f"{self.agreeing} of {self.total} tokens before a first difference"
-        if self.widest:
-            text += f", which overrules a margin of {self.widest:.4f} at most"
-        return text + ("" if self.same_in_batch else "; alone and in a batch differ")
-
 
 def compare(worker: Worker, reference: Reference, n_vocab: int) -> Agreement:
     prompts = CHECK.prompts(n_vocab)

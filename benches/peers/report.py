@@ -72,8 +72,14 @@ def print_agreement(dtype: str, entries: list[Entry]) -> None:
         verdict = ""
         if dtype == "float32":
             verdict = "same" if entry.agreement.holds_for_float32 else "DIFFERS"
-        rows.append((entry.title, verdict, str(entry.agreement)))
-    print_table((f"greedy tokens (float32: same where the margin is above {FLOAT32_MARGIN})", "", ""), rows)
+        before = f"{entry.agreement.agreeing} of {entry.agreement.total}"
+        margin = f"{entry.agreement.widest:.4f}" if entry.agreement.widest else "-"
+        alone = "yes" if entry.agreement.same_in_batch else "NO"
+        rows.append((entry.title, before, margin, alone, verdict))
+    verdict = f"margins above {FLOAT32_MARGIN}" if dtype == "float32" else ""
+    print_table(
+        ("greedy tokens", "before a difference", "margin overruled", "alone as in batch", verdict), rows
+    )
 
 
 def print_workload(dtype: str, run: SideBySide, workload: Workload, shape: Shape) -> None:

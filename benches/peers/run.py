@@ -6,6 +6,7 @@ README.md tells what is measured and how. Exit status 1: a float32 text is wrong
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -182,4 +183,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # So that a terminated run, too, ends its workers, which are stopped and would stay.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

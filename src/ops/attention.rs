@@ -5,6 +5,9 @@
 //! positions counted from position 0: each run gives (max, sum, weighted values), merged in ascending order as in
 //! FlashAttention (Dao et al., arXiv:2205.14135). One query or many, whichever thread: the same operations.
 
+// Tiles of registers are arrays indexed by constants: iterators over them hide that from whoever reads, and from LLVM.
+#![allow(clippy::needless_range_loop)]
+
 use super::Rows;
 use super::softmax::exp_lanes;
 use crate::pool::Columns;

@@ -18,7 +18,7 @@ pub fn activate<S: Simd>(simd: S, activation: Activation, x: S::F32) -> S::F32 {
 /// `0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`, written as `x / (1 + exp(-2 sqrt(2/pi) (x + 0.044715 x^3)))`.
 #[inline(always)]
 fn gelu_new<S: Simd>(simd: S, x: S::F32) -> S::F32 {
-    const TWICE: f32 = 1.595_769_1; // 2 sqrt(2/pi)
+    const TWICE: f32 = 1.595_769; // 2 sqrt(2/pi)
     let square = simd.mul(x, x);
     let inner = simd.fma(square, simd.splat(-TWICE * 0.044_715), simd.splat(-TWICE));
     x_over_one_plus_exp(simd, x, simd.mul(inner, x))

@@ -6,11 +6,14 @@
 //! accumulator and loads it again, which is exact. (The register tile and the loops around it are those of BLIS: Van
 //! Zee and van de Geijn, 2015.)
 
+// Tiles of registers are arrays indexed by constants: iterators over them hide that from whoever reads, and from LLVM.
+#![allow(clippy::needless_range_loop)]
+
 use super::Rows;
 use super::gelu::activate;
 use crate::config::Activation;
 use crate::pool::Columns;
-use crate::simd::{Element, Kernel, LANES, Simd, load_partial, store_partial};
+use crate::simd::{Element, Kernel, LANES, Simd, load_partial};
 use std::ops::Range;
 
 /// Columns of a panel.
@@ -187,15 +190,14 @@ impl<W: Element> MatMul<'_, W> {
             }
         }
         self.multiply::<S, STREAM>(simd, &part, piece, ahead, sums);
+        if last {
+            return self.finish(simd, part, columns, sums);
+        }
         for (sums, row) in sums.iter().zip(part.rows) {
-            if last {
-                self.finish(simd, row, columns.clone(), sums);
-            } else {
-                let out = &mut self.out.row(row)[columns.clone()];
-                match out.first_chunk_mut() {
-                    Some(whole) => *whole = *sums,
-                    None => out.copy_from_slice(&sums[..columns.len()]),
-                }
+            let out = &mut self.out.row(row)[columns.clone()];
+            match out.first_chunk_mut() {
+                Some(whole) => *whole = *sums,
+                None => out.copy_from_slice(&sums[..out.len()]),
             }
         }
     }
@@ -260,27 +262,59 @@ impl<W: Element> MatMul<'_, W> {
         }
     }
 
-    /// The epilogue of a row of a panel: `columns` of this thread's.
+    /// The epilogue of a tile: `columns` of this thread's.
     #[inline(always)]
-    fn finish<S: Simd>(&mut self, simd: S, row: usize, columns: Range<usize>, sums: &[f32; NR]) {
-        let first = self.out.range().start;
-        for (sums, at) in sums.as_chunks::<LANES>().0.iter().zip(columns.clone().step_by(LANES)) {
-            let at = at..(at + LANES).min(columns.end);
-            let mut sum = simd.load(sums);
-            if !self.bias.is_empty() {
-                sum = simd.add(sum, load_partial(simd, &self.bias[first + at.start..first + at.end]));
+    fn finish<S: Simd>(&mut self, simd: S, part: Part, columns: Range<usize>, sums: &Tile) {
+        let first = self.out.range().start + columns.start;
+        let mut bias = [simd.splat(0.0); NR / LANES];
+        if let Some(of_panel) = self.bias.get(first..first + columns.len()) {
+            for (bias, of_lanes) in bias.iter_mut().zip(of_panel.chunks(LANES)) {
+                *bias = load_partial(simd, of_lanes);
             }
-            match &mut self.then {
-                Then::Store => store_partial(simd, sum, &mut self.out.row(row)[at]),
-                Then::Activate(activation) => {
-                    store_partial(simd, activate(simd, *activation, sum), &mut self.out.row(row)[at]);
-                }
-                Then::AddTo(residual) => {
-                    let out = &mut residual.row(row)[at];
-                    store_partial(simd, simd.add(load_partial(simd, out), sum), out);
+        }
+        let (activation, adds) = match self.then {
+            Then::Store => (None, false),
+            Then::Activate(activation) => (Some(activation), false),
+            Then::AddTo(_) => (None, true),
+        };
+        for (sums, row) in sums.iter().zip(part.rows) {
+            let out = match &mut self.then {
+                Then::AddTo(residual) => residual.row(row),
+                _ => self.out.row(row),
+            };
+            let out = &mut out[columns.clone()];
+            match out.first_chunk_mut() {
+                Some(whole) => epilogue(simd, sums, &bias, activation, adds, whole),
+                None => {
+                    let mut whole = [0.0; NR];
+                    whole[..out.len()].copy_from_slice(out);
+                    epilogue(simd, sums, &bias, activation, adds, &mut whole);
+                    out.copy_from_slice(&whole[..out.len()]);
                 }
             }
         }
+    }
+}
+
+/// A row of a panel: `out = activation(sums + bias)`, or `out += sums + bias`.
+#[inline(always)]
+fn epilogue<S: Simd>(
+    simd: S,
+    sums: &[f32; NR],
+    bias: &[S::F32; NR / LANES],
+    activation: Option<Activation>,
+    adds: bool,
+    out: &mut [f32; NR],
+) {
+    for ((out, sums), &bias) in out.as_chunks_mut().0.iter_mut().zip(sums.as_chunks().0).zip(bias) {
+        let mut value = simd.add(simd.load(sums), bias);
+        if let Some(activation) = activation {
+            value = activate(simd, activation, value);
+        }
+        if adds {
+            value = simd.add(simd.load(out), value);
+        }
+        simd.store(value, out);
     }
 }
 

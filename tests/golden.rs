@@ -1,0 +1,175 @@
+//! Logits and hidden states of the reference cases, computed by Hugging Face transformers in float64
+//! (`tests/golden/make_golden.py`).
+
+use gpt2rs::checkpoint::Checkpoint;
+use gpt2rs::config::Config;
+use gpt2rs::model::{Model, Options};
+use gpt2rs::session;
+use gpt2rs::simd::Isa;
+use gpt2rs::weights::{Dtype, Origin};
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// Cases that are safetensors files with Hugging Face's names.
+const CASES: [&str; 9] = [
+    "plain",
+    "odd_shapes",
+    "untied_relu_layer_scaled",
+    "unscaled_attention",
+    "published_names",
+    "bfloat16",
+    "float16_sharded",
+    "no_blocks",
+    "one_wide_head",
+];
+
+/// An array of an `.npz` file, C-contiguous.
+struct Array<T> {
+    shape: Vec<usize>,
+    values: Vec<T>,
+}
+
+impl<T: bytemuck::AnyBitPattern> Array<T> {
+    /// Reads one array. NumPy's format 1.0 (numpy.lib.format): magic, version, the header's length and the header, a
+    /// Python dictionary that says type, order and shape; then the elements.
+    fn read(npz: &Path, name: &str, descr: &str) -> Array<T> {
+        let mut archive = zip::ZipArchive::new(File::open(npz).unwrap()).unwrap();
+        let mut bytes = Vec::new();
+        archive.by_name(&format!("{name}.npy")).unwrap().read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes[..8], *b"\x93NUMPY\x01\x00", "{name} in {}", npz.display());
+        let header_len = usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+        let (header, elements) = bytes[10..].split_at(header_len);
+        let header = str::from_utf8(header).unwrap();
+        assert!(header.contains(&format!("'descr': '{descr}'")), "{name}: {header}");
+        assert!(header.contains("'fortran_order': False"), "{name}: {header}");
+        let shape = header.split_once("'shape': (").unwrap().1.split_once(')').unwrap().0;
+        let shape: Vec<usize> =
+            shape.split(',').map(str::trim).filter(|n| !n.is_empty()).map(|n| n.parse().unwrap()).collect();
+        let values: Vec<T> =
+            elements.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect();
+        assert_eq!(values.len(), shape.iter().product::<usize>(), "{name}");
+        Array { shape, values }
+    }
+
+    /// The values of sequence `i`, dimension 0.
+    fn of_sequence(&self, i: usize) -> &[T] {
+        let len = self.values.len() / self.shape[0];
+        &self.values[i * len..(i + 1) * len]
+    }
+}
+
+struct Case {
+    name: &'static str,
+    config: Config,
+    checkpoint: Checkpoint,
+    /// (2, T).
+    input_ids: Array<i64>,
+    /// (2, T, V).
+    logits: Array<f64>,
+    /// (2, T, C), after `ln_f`.
+    hidden: Array<f64>,
+}
+
+impl Case {
+    fn open(name: &'static str) -> Case {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases").join(name);
+        let mut files: Vec<PathBuf> = fs::read_dir(&folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
+            .collect();
+        files.sort();
+        let expected = folder.join("expected.npz");
+        Case {
+            name,
+            config: Config::from_json(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap(),
+            checkpoint: Checkpoint::open_safetensors(&files).unwrap(),
+            input_ids: Array::read(&expected, "input_ids", "<i8"),
+            logits: Array::read(&expected, "logits", "<f8"),
+            hidden: Array::read(&expected, "hidden", "<f8"),
+        }
+    }
+
+    fn model(&self, isa: Isa, dtype: Dtype) -> Model {
+        let options = Options { dtype, n_threads: Some(2), isa: Some(isa), kv_dtype: Some(Dtype::F32) };
+        Model::new(self.config.clone(), Origin::Checkpoint(&self.checkpoint), options).unwrap()
+    }
+
+    /// Of both sequences, one after the other: logits and hidden states.
+    fn compute(&self, model: &Model) -> (Vec<f32>, Vec<f32>) {
+        let (mut logits, mut hidden) = (Vec::new(), Vec::new());
+        for i in 0..self.input_ids.shape[0] {
+            let tokens: Vec<u32> =
+                self.input_ids.of_sequence(i).iter().map(|&id| id.try_into().unwrap()).collect();
+            logits.extend(session::logits(model, &tokens, &|| true).unwrap());
+            hidden.extend(session::hidden_states(model, &tokens, &|| true).unwrap());
+        }
+        (logits, hidden)
+    }
+
+    /// The error that float32 may make, as a part of the greatest magnitude.
+    ///
+    /// A chain of K fused multiply-adds errs by at most K u sum |a b|, and in all likelihood by sqrt(K) u sum |a b|, for
+    /// roundings go either way (Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci.
+    /// Comput. 41, 2019); with terms of either sign, sum |a b| is about sqrt(K) times the magnitude of the sum, so that
+    /// each chain errs by K u of its result. A token passes four chains a block, of n_embd, the positions attended to and
+    /// n_inner terms, and `last` more at the end. What one of them errs by the next one's LayerNorm passes on as it is,
+    /// relative to its row.
+    fn bound(&self, last: usize) -> f64 {
+        const UNIT: f64 = 1.0 / (1 << 24) as f64;
+        let Config { n_layer, n_embd, n_inner, .. } = self.config;
+        let terms = n_layer * (3 * n_embd + n_inner + self.input_ids.shape[1]) + last;
+        terms as f64 * UNIT
+    }
+
+    fn check_against(&self, what: &str, found: &[f32], expected: &[f64], bound: f64) {
+        assert_eq!(found.len(), expected.len(), "{}: {what}", self.name);
+        let greatest = expected.iter().fold(0.0f64, |greatest, value| greatest.max(value.abs()));
+        for (i, (&found, &expected)) in found.iter().zip(expected).enumerate() {
+            let error = (f64::from(found) - expected).abs() / greatest;
+            assert!(
+                error <= bound,
+                "{}: {what} {i} is {found}, not {expected}: off by {error:e} of {greatest}, above {bound:e}",
+                self.name
+            );
+        }
+    }
+}
+
+/// Checks a case on every instruction set, and that all of them give the same bits.
+fn check(case: &Case, dtype: Dtype) -> (Vec<f32>, Vec<f32>) {
+    let mut answers = Isa::available().into_iter().map(|isa| case.compute(&case.model(isa, dtype)));
+    let first = answers.next().unwrap();
+    // ln_f is a chain of C / 16 terms; the head's is C long.
+    let c = case.config.n_embd;
+    case.check_against("logit", &first.0, &case.logits.values, case.bound(2 * c));
+    case.check_against("hidden", &first.1, &case.hidden.values, case.bound(c));
+    for other in answers {
+        assert!(first == other, "{}: instruction sets differ", case.name);
+    }
+    first
+}
+
+#[test]
+fn every_case_in_float32() {
+    for name in CASES {
+        check(&Case::open(name), Dtype::F32);
+    }
+}
+
+/// Weights that are bfloat16 in the file lose nothing when they are held as such: the same bits as in float32.
+#[test]
+fn bfloat16_weights_are_exact() {
+    let case = Case::open("bfloat16");
+    assert!(check(&case, Dtype::BF16) == check(&case, Dtype::F32));
+}
+
+/// A wrong weight shows: the bound is not so wide that it would pass for a rounding error.
+#[test]
+fn the_bound_is_narrow() {
+    for name in CASES {
+        let case = Case::open(name);
+        assert!(case.bound(2 * case.config.n_embd) < 2e-4, "{name}: {:e}", case.bound(0));
+    }
+}
