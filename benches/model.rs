@@ -1,112 +1,357 @@
 //! Whole-model figures on random weights of 124M, beside the limits of this machine in the same run.
+//!
+//! `cargo bench --bench model -- [--quick] [--threads 1,2] [--dtype float32]`
+//!
+//! A shared machine changes from one second to the next, so everything is measured in rounds, with probes of the
+//! machine between: a share of a limit is a rate over the mean of the probes just before and just after it.
+
 use gpt2rs::config::Config;
-use gpt2rs::model::{Model, Options, Run, Wanted};
+use gpt2rs::error::Result;
+use gpt2rs::kv_cache::KvCache;
+use gpt2rs::model::{MAX_ROWS, Model, Options, Run, Wanted};
+use gpt2rs::pool::default_threads;
 use gpt2rs::probe::{Bandwidth, fma_peak};
 use gpt2rs::simd::Isa;
 use gpt2rs::weights::{Dtype, Origin};
+use std::process::ExitCode;
 use std::time::Instant;
 
-fn median(mut v: Vec<f64>) -> f64 {
-    v.sort_by(f64::total_cmp);
-    v[v.len() / 2]
+const USAGE: &str =
+    "usage: cargo bench --bench model -- [--quick] [--threads N,...] [--dtype float32|bfloat16,...]";
+
+const COUNTING: &str = "\
+bytes of a decode step: the packed weights but position embeddings, once, and keys and values of the positions
+  attended to, for each sequence
+flops of a prefill: 2 for each multiply-add of the blocks' matrices, of causal attention (q k and p v over the
+  positions up to each), and of the LM head for one row
+of the limit: rate over the mean of the probes (the best of three each) just before and just after it
+of one: tokens/s over those of one sequence after 32 in the same round";
+
+/// What is measured; sizes in tokens.
+#[derive(Clone, Copy)]
+enum Work {
+    /// `steps` tokens of each of `sequences`, after `context` tokens.
+    Decode { sequences: usize, context: usize, steps: usize },
+    /// A prompt, with the logits of its last token.
+    Prefill { tokens: usize },
 }
 
-fn main() {
-    let isa = Isa::from_env().unwrap();
-    for n_threads in std::env::var("THREADS")
-        .map_or(vec![1, 2], |v| v.split(",").map(|v| v.parse().unwrap()).collect::<Vec<usize>>())
-    {
-        for dtype in [Dtype::F32, Dtype::BF16] {
-            let t = Instant::now();
-            let options = Options { dtype, n_threads: Some(n_threads), ..Options::default() };
-            let model =
-                Model::new(Config::preset("gpt2").unwrap(), Origin::Random { seed: 1 }, options).unwrap();
-            let loaded = t.elapsed().as_secs_f64();
-            let mut bandwidth = Bandwidth::new(isa, n_threads).unwrap();
-            let v = model.config().n_vocab;
-            let mut out = vec![0.0; 8 * v];
-            let mut bw = vec![];
-            let mut peak = vec![];
-            let mut rates = [vec![], vec![], vec![], vec![], vec![]];
-            for _ in 0..std::env::var("REPS").map_or(5, |v| v.parse().unwrap()) {
-                bw.push((0..3).map(|_| bandwidth.measure()).fold(0.0, f64::max));
-                peak.push(fma_peak(isa, n_threads).unwrap());
-                for (which, prompt) in [(0, 32usize), (1, 896)] {
-                    let mut cache = model.new_cache();
-                    let ids: Vec<u32> = (0..prompt as u32).map(|i| i * 37 % 50000).collect();
-                    for ids in ids.chunks(512) {
-                        model
-                            .forward(
-                                &mut [Run { tokens: ids, cache: &mut cache, wanted: true }],
-                                Wanted::Last(&mut out[..v]),
-                                &|| true,
-                            )
-                            .unwrap();
-                    }
-                    let t = Instant::now();
-                    for i in 0..64 {
-                        model
-                            .forward(
-                                &mut [Run { tokens: &[i * 11], cache: &mut cache, wanted: true }],
-                                Wanted::Last(&mut out[..v]),
-                                &|| true,
-                            )
-                            .unwrap();
-                    }
-                    rates[which].push(64.0 / t.elapsed().as_secs_f64());
-                }
-                for (which, prompt) in [(2, 512usize), (3, 1000)] {
-                    let mut cache = model.new_cache();
-                    let ids: Vec<u32> = (0..prompt as u32).map(|i| i * 37 % 50000).collect();
-                    let t = Instant::now();
-                    for ids in ids.chunks(prompt.div_ceil(prompt.div_ceil(512))) {
-                        model
-                            .forward(
-                                &mut [Run { tokens: ids, cache: &mut cache, wanted: true }],
-                                Wanted::Last(&mut out[..v]),
-                                &|| true,
-                            )
-                            .unwrap();
-                    }
-                    rates[which].push(prompt as f64 / t.elapsed().as_secs_f64());
-                }
-                let mut caches: Vec<_> = (0..8).map(|_| model.new_cache()).collect();
-                let ids: Vec<u32> = (0..32).collect();
-                for cache in &mut caches {
-                    model
-                        .forward(
-                            &mut [Run { tokens: &ids, cache, wanted: true }],
-                            Wanted::Last(&mut out[..v]),
-                            &|| true,
-                        )
-                        .unwrap();
-                }
-                let t = Instant::now();
-                for _ in 0..32 {
-                    let mut runs: Vec<Run> =
-                        caches.iter_mut().map(|cache| Run { tokens: &[5], cache, wanted: true }).collect();
-                    model.forward(&mut runs, Wanted::Last(&mut out), &|| true).unwrap();
-                }
-                rates[4].push(8.0 * 32.0 / t.elapsed().as_secs_f64());
+/// What the machine can do that work is held against.
+#[derive(Clone, Copy, PartialEq)]
+enum Limit {
+    /// Bytes a second.
+    Reading,
+    /// Floating-point operations a second.
+    Arithmetic,
+}
+
+impl Limit {
+    fn name(self) -> &'static str {
+        match self {
+            Limit::Reading => "read bandwidth",
+            Limit::Arithmetic => "fused multiply-adds",
+        }
+    }
+
+    fn unit(self) -> &'static str {
+        match self {
+            Limit::Reading => "GB/s",
+            Limit::Arithmetic => "GFLOP/s",
+        }
+    }
+}
+
+impl Work {
+    /// All works; the first one is what the others' tokens/s are compared with.
+    fn all(quick: bool) -> [Work; 5] {
+        let steps = if quick { 16 } else { 64 };
+        [
+            Work::Decode { sequences: 1, context: 32, steps },
+            Work::Decode { sequences: 1, context: 896, steps },
+            Work::Decode { sequences: 8, context: 32, steps: steps / 2 },
+            Work::Prefill { tokens: 512 },
+            Work::Prefill { tokens: 1000 },
+        ]
+    }
+
+    fn name(self) -> String {
+        match self {
+            Work::Decode { sequences: 1, context, steps } => format!("decode {steps} after {context}"),
+            Work::Decode { sequences, context, steps } => {
+                format!("{sequences} together, {steps} after {context}")
             }
-            let bytes = model.weights().bytes() as f64;
-            let [d32, d896, p512, p1000, b8] = rates.map(median);
-            let (bw, peak) = (median(bw), median(peak));
-            let flops = |t: f64| {
-                2.0 * t * 84.9e6 + 12.0 * 2.0 * 2.0 * 768.0 * t * (t + 1.0) / 2.0 + 2.0 * 768.0 * 50257.0
-            };
-            println!(
-                "{} {dtype:?} x{n_threads}: load {loaded:.2}s bw {:.1} GB/s peak {:.0} GF/s | decode32 {d32:.1} tok/s {:.1}% | decode896 {:.1} ({:.0}%) | p512 {p512:.0} tok/s {:.1}% | p1000 {p1000:.0} {:.1}% | b8 {b8:.0} x{:.2}",
-                isa.name(),
-                bw / 1e9,
-                peak / 1e9,
-                d32 * bytes / bw * 100.0,
-                d896,
-                d896 / d32 * 100.0,
-                flops(512.0) * p512 / 512.0 / peak * 100.0,
-                flops(1000.0) * p1000 / 1000.0 / peak * 100.0,
-                b8 / d32
-            );
+            Work::Prefill { tokens } => format!("prefill {tokens}"),
+        }
+    }
+
+    fn limit(self) -> Limit {
+        match self {
+            Work::Decode { .. } => Limit::Reading,
+            Work::Prefill { .. } => Limit::Arithmetic,
+        }
+    }
+
+    /// Tokens that go through the model.
+    fn tokens(self) -> usize {
+        match self {
+            Work::Decode { sequences, steps, .. } => sequences * steps,
+            Work::Prefill { tokens } => tokens,
+        }
+    }
+
+    /// Bytes that have to be read, or operations that have to be done, as [`COUNTING`] says.
+    fn amount(self, model: &Model) -> f64 {
+        let &Config { n_layer, n_embd, n_inner, n_vocab, .. } = model.config();
+        match self {
+            Work::Decode { sequences, context, steps } => {
+                let weights = model.weights().bytes() - size_of_val(model.weights().wpe.as_slice());
+                let position = 2 * n_layer * n_embd * model.kv_dtype().size();
+                // Step i of 1..=steps attends to context + i positions.
+                let positions = steps * context + steps * (steps + 1) / 2;
+                (steps * weights + sequences * positions * position) as f64
+            }
+            Work::Prefill { tokens } => {
+                let matrices = 4 * n_embd * n_embd + 2 * n_embd * n_inner;
+                let attention = n_embd * tokens * (tokens + 1);
+                (2 * (n_layer * (tokens * matrices + attention) + n_vocab * n_embd)) as f64
+            }
+        }
+    }
+}
+
+/// The limits of the machine on a number of threads, and what they were each time.
+struct Machine {
+    isa: Isa,
+    n_threads: usize,
+    bandwidth: Bandwidth,
+    rates: [Vec<f64>; 2],
+}
+
+impl Machine {
+    fn new(isa: Isa, n_threads: usize) -> Result<Machine> {
+        Ok(Machine { isa, n_threads, bandwidth: Bandwidth::new(isa, n_threads)?, rates: Default::default() })
+    }
+
+    fn probe(&mut self, limit: Limit) -> Result<f64> {
+        let rate = match limit {
+            Limit::Reading => (0..3).map(|_| self.bandwidth.measure()).fold(0.0, f64::max),
+            Limit::Arithmetic => fma_peak(self.isa, self.n_threads)?,
+        };
+        self.rates[limit as usize].push(rate);
+        Ok(rate)
+    }
+}
+
+/// A work and what it gave in each round.
+struct Figure {
+    work: Work,
+    /// Prefilled caches, one for each sequence, that every round forks.
+    prompts: Vec<KvCache>,
+    tokens_per_second: Vec<f64>,
+    /// Bytes or operations a second.
+    rates: Vec<f64>,
+    /// `rates` over the probes beside them.
+    shares: Vec<f64>,
+}
+
+impl Figure {
+    /// Computes the prompts, and runs the work once to warm up.
+    fn new(work: Work, model: &Model) -> Result<Figure> {
+        let (sequences, context) = match work {
+            Work::Decode { sequences, context, .. } => (sequences, context),
+            Work::Prefill { .. } => (0, 0),
+        };
+        let mut prompts: Vec<KvCache> = (0..sequences).map(|_| model.new_cache()).collect();
+        for (i, cache) in prompts.iter_mut().enumerate() {
+            prefill(model, cache, &token_ids(model, context, i))?;
+        }
+        let (tokens_per_second, rates, shares) = (Vec::new(), Vec::new(), Vec::new());
+        let figure = Figure { work, prompts, tokens_per_second, rates, shares };
+        figure.time(model)?;
+        Ok(figure)
+    }
+
+    /// Seconds that the work takes.
+    fn time(&self, model: &Model) -> Result<f64> {
+        let seconds = match self.work {
+            Work::Decode { sequences, steps, .. } => {
+                let mut caches = self.prompts.clone();
+                let mut logits = vec![0.0; sequences * model.config().n_vocab];
+                let tokens = token_ids(model, steps, sequences);
+                let start = Instant::now();
+                for token in tokens.chunks(1) {
+                    let runs = caches.iter_mut().map(|cache| Run { tokens: token, cache, wanted: true });
+                    model.forward(&mut runs.collect::<Vec<_>>(), Wanted::Last(&mut logits), &|| true)?;
+                }
+                start.elapsed()
+            }
+            Work::Prefill { tokens } => {
+                let tokens = token_ids(model, tokens, 0);
+                let mut cache = model.new_cache();
+                let start = Instant::now();
+                prefill(model, &mut cache, &tokens)?;
+                start.elapsed()
+            }
+        };
+        Ok(seconds.as_secs_f64())
+    }
+}
+
+/// Any ids do; the step is odd and not small, so that they are spread over the vocabulary.
+fn token_ids(model: &Model, count: usize, start: usize) -> Vec<u32> {
+    (0..count).map(|i| ((start + 7919 * i) % model.config().n_vocab) as u32).collect()
+}
+
+/// Appends tokens to a cache and computes the last one's logits, in passes as `session::prefill` makes them.
+fn prefill(model: &Model, cache: &mut KvCache, tokens: &[u32]) -> Result<()> {
+    let mut logits = vec![0.0; model.config().n_vocab];
+    let end = cache.len() + tokens.len();
+    for tokens in tokens.chunks(MAX_ROWS) {
+        let wanted = cache.len() + tokens.len() == end;
+        let logits = if wanted { &mut logits[..] } else { &mut [] };
+        model.forward(&mut [Run { tokens, cache, wanted }], Wanted::Last(logits), &|| true)?;
+    }
+    Ok(())
+}
+
+/// Measures each figure once, with probes between.
+fn round(model: &Model, figures: &mut [Figure], machine: &mut Machine) -> Result<()> {
+    for limit in [Limit::Reading, Limit::Arithmetic] {
+        let mut before = machine.probe(limit)?;
+        for figure in figures.iter_mut().filter(|figure| figure.work.limit() == limit) {
+            let seconds = figure.time(model)?;
+            let after = machine.probe(limit)?;
+            let rate = figure.work.amount(model) / seconds;
+            figure.tokens_per_second.push(figure.work.tokens() as f64 / seconds);
+            figure.rates.push(rate);
+            figure.shares.push(2.0 * rate / (before + after));
+            before = after;
+        }
+    }
+    Ok(())
+}
+
+/// Median (minimum, maximum).
+fn spread(values: impl Iterator<Item = f64>, digits: usize) -> String {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    let (middle, last) = (sorted.len() / 2, sorted.len() - 1);
+    // Of an even number, the mean of the two in the middle.
+    let median = (sorted[middle] + sorted[last - middle]) / 2.0;
+    format!("{median:.digits$} ({:.digits$}, {:.digits$})", sorted[0], sorted[last])
+}
+
+fn print_row([dtype, threads, work, tokens, rate, share, of_one]: [&str; 7]) {
+    let row = format!("{dtype:<9} {threads:>7}  {work:<25} {tokens:<22} {rate:<29} {share:<13} {of_one}");
+    println!("{}", row.trim_end());
+}
+
+fn print_figures(model: &Model, figures: &[Figure]) {
+    let threads = model.n_threads().to_string();
+    for figure in figures {
+        let Figure { work, tokens_per_second, rates, shares, .. } = figure;
+        let rates = spread(rates.iter().map(|rate| rate / 1e9), 1);
+        let of_one = tokens_per_second.iter().zip(&figures[0].tokens_per_second).map(|(all, one)| all / one);
+        print_row([
+            model.dtype().name(),
+            &threads,
+            &work.name(),
+            &spread(tokens_per_second.iter().copied(), 1),
+            &format!("{rates} {}", work.limit().unit()),
+            &spread(shares.iter().map(|share| 100.0 * share), 0),
+            &if work.limit() == Limit::Reading { spread(of_one, 2) } else { String::new() },
+        ]);
+    }
+}
+
+fn print_limits(machine: &Machine) {
+    for limit in [Limit::Reading, Limit::Arithmetic] {
+        let rates = spread(machine.rates[limit as usize].iter().map(|rate| rate / 1e9), 1);
+        let rate = format!("{rates} {}", limit.unit());
+        print_row(["limit", &machine.n_threads.to_string(), limit.name(), "", &rate, "", ""]);
+    }
+}
+
+struct Arguments {
+    quick: bool,
+    threads: Vec<usize>,
+    dtypes: Vec<Dtype>,
+}
+
+impl Arguments {
+    fn parse(mut words: impl Iterator<Item = String>) -> std::result::Result<Arguments, String> {
+        let mut threads = vec![1, default_threads(usize::MAX)];
+        threads.dedup();
+        let mut arguments = Arguments { quick: false, threads, dtypes: vec![Dtype::F32, Dtype::BF16] };
+        while let Some(word) = words.next() {
+            match word.as_str() {
+                "--quick" => arguments.quick = true,
+                "--threads" => {
+                    let counts = words.next().ok_or("--threads: a number is missing")?;
+                    let count = |word: &str| word.parse().ok().filter(|&count| count > 0);
+                    arguments.threads = counts
+                        .split(',')
+                        .map(|word| {
+                            count(word).ok_or_else(|| format!("--threads: {word:?} is no number of threads"))
+                        })
+                        .collect::<std::result::Result<_, _>>()?;
+                }
+                "--dtype" => {
+                    let names = words.next().ok_or("--dtype: a name is missing")?;
+                    let dtypes: Result<_> = names.split(',').map(Dtype::from_name).collect();
+                    arguments.dtypes = dtypes.map_err(|error| format!("--dtype: {error}"))?;
+                }
+                // What cargo adds.
+                "--bench" => {}
+                other => return Err(format!("{other}: unknown")),
+            }
+        }
+        Ok(arguments)
+    }
+}
+
+fn measure(arguments: &Arguments) -> Result<()> {
+    let isa = Isa::from_env()?;
+    let rounds = if arguments.quick { 3 } else { 7 };
+    println!("gpt2 (124M), random weights; {}; median (minimum, maximum) of {rounds} rounds\n", isa.name());
+    print_row(["dtype", "threads", "work", "tokens/s", "rate", "% of the limit", "of one"]);
+    for &n_threads in &arguments.threads {
+        let mut machine = Machine::new(isa, n_threads)?;
+        let mut benches = Vec::new();
+        for &dtype in &arguments.dtypes {
+            let options = Options { dtype, n_threads: Some(n_threads), isa: Some(isa), kv_dtype: None };
+            let model = Model::new(Config::preset("gpt2")?, Origin::Random { seed: 1 }, options)?;
+            let figures: Result<Vec<Figure>> =
+                Work::all(arguments.quick).into_iter().map(|work| Figure::new(work, &model)).collect();
+            benches.push((model, figures?));
+        }
+        for _ in 0..rounds {
+            for (model, figures) in &mut benches {
+                round(model, figures, &mut machine)?;
+            }
+        }
+        for (model, figures) in &benches {
+            print_figures(model, figures);
+        }
+        print_limits(&machine);
+    }
+    println!("\n{COUNTING}");
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::parse(std::env::args().skip(1)) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            eprintln!("{error}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match measure(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
         }
     }
 }

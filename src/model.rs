@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{Blocks, CacheElement, KvCache};
 use crate::parallel::{Activations, AttentionRun, Workers};
 use crate::pool::{PerProcess, Pool, default_threads};
-use crate::simd::Isa;
+use crate::simd::{Isa, in_default_mode};
 use crate::weights::{Block, Dtype, Origin, Weights};
 use half::bf16;
 
@@ -87,12 +87,9 @@ impl Model {
         let bytes = config.packed_bytes(options.dtype.size()) as usize;
         let n_threads = options.n_threads.unwrap_or_else(|| default_threads(bytes));
         let dtype = options.dtype;
-        let weights = Weights::new(
-            &config,
-            origin,
-            dtype,
-            options.n_threads.unwrap_or_else(|| default_threads(usize::MAX)),
-        )?;
+        let packing_threads = options.n_threads.unwrap_or_else(|| default_threads(usize::MAX));
+        // Values are rounded here too, by threads that inherit this one's floating-point mode.
+        let weights = in_default_mode(|| Weights::new(&config, origin, dtype, packing_threads))?;
         let pool = Pool::new(n_threads).map_err(|source| Error::Threads { n_threads, source })?;
         let engine = PerProcess::new(Engine::new(isa, pool), move || {
             // A child that gets no threads computes alone, to the same bits.
@@ -157,11 +154,10 @@ impl Model {
     ) -> Result<()> {
         let tokens = self.place(runs)?;
         assert!(tokens.len() <= MAX_ROWS, "{} rows in one pass", tokens.len());
-        match self.kv_dtype {
-            Dtype::F32 => self.pass::<f32>(runs, &tokens, wanted, proceed)?,
-            Dtype::BF16 => self.pass::<bf16>(runs, &tokens, wanted, proceed)?,
-        }
-        Ok(())
+        in_default_mode(|| match self.kv_dtype {
+            Dtype::F32 => self.pass::<f32>(runs, &tokens, wanted, proceed),
+            Dtype::BF16 => self.pass::<bf16>(runs, &tokens, wanted, proceed),
+        })
     }
 
     fn pass<T: CacheElement>(

@@ -267,10 +267,12 @@ fn check_everything(json: &str, dtype: Dtype) {
     for isa in Isa::available() {
         for n_threads in [1, 2, 3, 5] {
             for mode in [Mode::Default, Mode::Hostile] {
+                let t = std::time::Instant::now();
                 in_mode(mode, || {
                     let model = packed(&checkpoint, json, dtype, dtype, isa, n_threads);
                     expected.check(&model, &format!("{}, {n_threads} threads, {mode:?}", isa.name()));
                 });
+                eprintln!("{} {n_threads} {mode:?} {:?}", isa.name(), t.elapsed());
             }
         }
     }
