@@ -101,7 +101,7 @@ impl Work {
 
     /// Bytes that have to be read, or operations that have to be done, as [`COUNTING`] says.
     fn amount(self, model: &Model) -> f64 {
-        let &Config { n_layer, n_embd, n_inner, n_vocab, .. } = model.config();
+        let &Config { n_layer, n_embd, n_vocab, .. } = model.config();
         match self {
             Work::Decode { sequences, context, steps } => {
                 let weights = model.weights().bytes() - size_of_val(model.weights().wpe.as_slice());
@@ -111,7 +111,7 @@ impl Work {
                 (steps * weights + sequences * positions * position) as f64
             }
             Work::Prefill { tokens } => {
-                let matrices = 4 * n_embd * n_embd + 2 * n_embd * n_inner;
+                let matrices: usize = model.config().block_matrices().iter().map(|(k, n)| k * n).sum();
                 let attention = n_embd * tokens * (tokens + 1);
                 (2 * (n_layer * (tokens * matrices + attention) + n_vocab * n_embd)) as f64
             }

@@ -54,12 +54,14 @@ class Source:
         folder: where to look for its tokenizer's files; None when it came from arrays.
         stored_dtype: the dtype of the token embedding in the file: "float32", "float16", "bfloat16" or
             "float64".
+        kind: what it was read from: "safetensors", "PyTorch", "nanoGPT", "textbook", "llm.c" or "arrays".
     """
 
     config: Config
     checkpoint: Checkpoint
     folder: Path | None
     stored_dtype: str
+    kind: str
 
 
 def open_checkpoint(
@@ -162,7 +164,7 @@ def from_params(params: Mapping[str, Any], *, n_head: int, **settings: Any) -> S
         "tie_word_embeddings": "lm_head.weight" not in arrays,
         **settings,
     }
-    return Source(as_config(config), checkpoint, None, arrays["wte.weight"].dtype.name)
+    return Source(as_config(config), checkpoint, None, arrays["wte.weight"].dtype.name, "arrays")
 
 
 def _exists(path: Path) -> bool:
@@ -281,7 +283,7 @@ def _open_safetensors(files: list[Path], given: Config | None) -> Source:
     for path in files:
         dtype = _embedding_dtype(path)
         if dtype is not None:
-            return Source(config, checkpoint, path.parent, dtype)
+            return Source(config, checkpoint, path.parent, dtype, "safetensors")
     raise ValueError(f"{files[0]}: no tensor wte.weight of a floating-point type")
 
 
@@ -317,7 +319,8 @@ def _open_pytorch(files: list[Path], given: Config | None) -> Source:
     if tied is not None and config.tie_word_embeddings != tied:
         # The file decides: the textbook's models have a head of their own, whatever the config's default is.
         config = Config.from_json(json.dumps(json.loads(config.to_json()) | {"tie_word_embeddings": tied}))
-    return _placed(files[0], placements, config)
+    kind = "nanoGPT" if model_args is not None else "PyTorch" if tied is None else "textbook"
+    return _placed(files[0], placements, config, kind)
 
 
 def _nanogpt_config(path: Path, model_args: dict[str, Any]) -> Config:
@@ -333,10 +336,10 @@ def _open_llmc(path: Path, given: Config | None) -> Source:
     from .formats.llmc import read_llmc
 
     file = read_llmc(path)
-    return _placed(path, file.placements, _config_for(path, given, lambda: as_config(file.config)))
+    return _placed(path, file.placements, _config_for(path, given, lambda: as_config(file.config)), "llm.c")
 
 
-def _placed(path: Path, placements: list[Placement], config: Config) -> Source:
+def _placed(path: Path, placements: list[Placement], config: Config, kind: str) -> Source:
     checkpoint = Checkpoint()
     stored_dtype = None
     for placement in placements:
@@ -357,4 +360,4 @@ def _placed(path: Path, placements: list[Placement], config: Config) -> Source:
         )
     if stored_dtype is None:
         raise ValueError(f"{path}: tensor wte.weight is missing")
-    return Source(config, checkpoint, path.parent, stored_dtype)
+    return Source(config, checkpoint, path.parent, stored_dtype, kind)

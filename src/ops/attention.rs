@@ -12,6 +12,7 @@ use super::Rows;
 use super::softmax::exp_lanes;
 use crate::pool::Columns;
 use crate::simd::{Element, Kernel, LANES, Simd, store_partial};
+use std::ops::Range;
 
 /// Positions of a block.
 pub const BLOCK: usize = LANES;
@@ -85,13 +86,15 @@ impl<T: Element> Kernel for Attention<'_, T> {
                 let mut row = (run * RUN).saturating_sub(position);
                 while row < count {
                     let visible = position + row + 1 - run * RUN;
-                    let taken = if visible >= RUN && row + TILE <= count { TILE } else { 1 };
+                    let taken = if row + TILE <= count { TILE } else { 1 };
                     let state =
                         (&mut merged[row..row + taken], &mut sums[row * width..(row + taken) * width]);
                     if taken == TILE {
-                        self.tile::<S, TILE>(simd, first + row, run, RUN, state, room);
+                        self.tile::<S, TILE, false>(simd, first + row, run, visible, state, room);
+                    } else if self.rows == 1 {
+                        self.tile::<S, 1, true>(simd, first + row, run, visible, state, room);
                     } else {
-                        self.tile::<S, 1>(simd, first + row, run, visible.min(RUN), state, room);
+                        self.tile::<S, 1, false>(simd, first + row, run, visible, state, room);
                     }
                     row += taken;
                 }
@@ -110,9 +113,9 @@ impl<T: Element> Kernel for Attention<'_, T> {
 
 impl<T: Element> Attention<'_, T> {
     /// `N` queries from `row` on, of which the first sees `visible` positions from the run's start, the next one more,
-    /// against that run; merged into their state.
+    /// against that run; merged into their state. A query alone (`STREAM`) asks for the next run ahead.
     #[inline(always)]
-    fn tile<S: Simd, const N: usize>(
+    fn tile<S: Simd, const N: usize, const STREAM: bool>(
         &self,
         simd: S,
         row: usize,
@@ -125,12 +128,12 @@ impl<T: Element> Attention<'_, T> {
         let next = self.blocks.get((run + 1) * RUN / BLOCK..).unwrap_or(&[]);
         let mut weights = [[0.0; RUN]; N];
         if S::WIDE {
-            self.scores::<S, N, 0, 4>(simd, row, blocks, next, &mut weights);
+            self.scores::<S, N, 0, 4, STREAM>(simd, row, blocks, next, &mut weights);
         } else {
-            self.scores::<S, N, 0, 1>(simd, row, blocks, next, &mut weights);
-            self.scores::<S, N, 1, 1>(simd, row, blocks, next, &mut weights);
-            self.scores::<S, N, 2, 1>(simd, row, blocks, next, &mut weights);
-            self.scores::<S, N, 3, 1>(simd, row, blocks, next, &mut weights);
+            self.scores::<S, N, 0, 1, STREAM>(simd, row, blocks, next, &mut weights);
+            self.scores::<S, N, 1, 1, STREAM>(simd, row, blocks, next, &mut weights);
+            self.scores::<S, N, 2, 1, STREAM>(simd, row, blocks, next, &mut weights);
+            self.scores::<S, N, 3, 1, STREAM>(simd, row, blocks, next, &mut weights);
         }
         let mut run_max = [0.0; N];
         let mut run_sum = [0.0; N];
@@ -140,13 +143,13 @@ impl<T: Element> Attention<'_, T> {
         }
 
         let width = sums.len() / N;
-        if N == 1 || visible >= RUN {
-            self.values::<S, N>(simd, blocks, &weights, visible, next, room);
-        } else {
-            // Each sees another number of positions, and what it does not see may not even be multiplied by zero.
-            for (r, (weights, room)) in weights.iter().zip(room.chunks_exact_mut(width)).enumerate() {
-                self.values::<S, 1>(simd, blocks, &[*weights], visible + r, next, room);
-            }
+        let all_see = visible.min(RUN);
+        self.values::<S, N, STREAM>(simd, blocks, &weights, 0..all_see, next, room);
+        // What only the later queries see; a position that a query does not see may not even be multiplied by zero.
+        for r in 1..N {
+            let more = all_see..RUN.min(visible + r);
+            let room = &mut room[r * width..(r + 1) * width];
+            self.values::<S, 1, false>(simd, blocks, &[weights[r]], more, next, room);
         }
 
         // Both factors of all rows by one exponential: that of the old sums in lane r, of the run's in lane r + 8.
@@ -171,7 +174,7 @@ impl<T: Element> Attention<'_, T> {
 
     /// Scaled scores of `N` queries against the `NB` blocks of the run from `B0` on: chains over the channels ascending.
     #[inline(always)]
-    fn scores<S: Simd, const N: usize, const B0: usize, const NB: usize>(
+    fn scores<S: Simd, const N: usize, const B0: usize, const NB: usize, const STREAM: bool>(
         &self,
         simd: S,
         row: usize,
@@ -198,7 +201,7 @@ impl<T: Element> Attention<'_, T> {
             let mut lanes = [simd.splat(0.0); NB];
             for b in 0..NB {
                 lanes[b] = T::load(simd, &k[b][d]);
-                if N == 1 {
+                if STREAM {
                     simd.prefetch_l2(ahead[b].wrapping_add(d * BLOCK));
                 }
             }
@@ -217,25 +220,26 @@ impl<T: Element> Attention<'_, T> {
         }
     }
 
-    /// `N` weighted sums of the values of the first `visible` positions.
+    /// `N` weighted sums of the values at `positions` of the run, in `room`; continued there unless they begin at 0.
     #[inline(always)]
-    fn values<S: Simd, const N: usize>(
+    fn values<S: Simd, const N: usize, const STREAM: bool>(
         &self,
         simd: S,
         blocks: &[&[T]],
         weights: &[[f32; RUN]; N],
-        visible: usize,
+        positions: Range<usize>,
         next: &[&[T]],
         room: &mut [f32],
     ) {
         let width = self.q.columns().next_multiple_of(LANES);
         let mut channel = 0;
-        while channel < width {
+        while channel < width && !positions.is_empty() {
+            let positions = positions.clone();
             if S::WIDE && channel + 4 * LANES <= width {
-                self.channels::<S, N, 4>(simd, blocks, weights, visible, channel, next, room);
+                self.channels::<S, N, 4, STREAM>(simd, blocks, weights, positions, channel, next, room);
                 channel += 4 * LANES;
             } else {
-                self.channels::<S, N, 1>(simd, blocks, weights, visible, channel, next, room);
+                self.channels::<S, N, 1, STREAM>(simd, blocks, weights, positions, channel, next, room);
                 channel += LANES;
             }
         }
@@ -244,12 +248,12 @@ impl<T: Element> Attention<'_, T> {
     /// The same for `NV` registers of channels: chains over the positions ascending.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    fn channels<S: Simd, const N: usize, const NV: usize>(
+    fn channels<S: Simd, const N: usize, const NV: usize, const STREAM: bool>(
         &self,
         simd: S,
         blocks: &[&[T]],
         weights: &[[f32; RUN]; N],
-        visible: usize,
+        positions: Range<usize>,
         channel: usize,
         next: &[&[T]],
         room: &mut [f32],
@@ -257,15 +261,25 @@ impl<T: Element> Attention<'_, T> {
         let hs = self.q.columns();
         let width = hs.next_multiple_of(LANES);
         let mut acc = [[simd.splat(0.0); NV]; N];
-        for (b, block) in blocks.iter().enumerate() {
-            let seen = BLOCK.min(visible.saturating_sub(b * BLOCK));
-            let ahead = next.get(b).unwrap_or(block)[hs * BLOCK..].as_ptr();
-            for (slot, row) in block[hs * BLOCK..].chunks_exact(width).take(seen).enumerate() {
-                let (row, _) = row[channel..][..NV * LANES].as_chunks::<LANES>();
+        if positions.start > 0 {
+            for r in 0..N {
+                let (room, _) = room[r * width + channel..][..NV * LANES].as_chunks::<LANES>();
+                for j in 0..NV {
+                    acc[r][j] = simd.load(&room[j]);
+                }
+            }
+        }
+        for b in positions.start / BLOCK..positions.end.div_ceil(BLOCK) {
+            let slots =
+                positions.start.max(b * BLOCK) - b * BLOCK..positions.end.min((b + 1) * BLOCK) - b * BLOCK;
+            let values = &blocks[b][hs * BLOCK..][..width * BLOCK];
+            let ahead = next.get(b).unwrap_or(&blocks[b])[hs * BLOCK..].as_ptr();
+            for slot in slots {
+                let (row, _) = values[slot * width + channel..][..NV * LANES].as_chunks::<LANES>();
                 let mut lanes = [simd.splat(0.0); NV];
                 for j in 0..NV {
                     lanes[j] = T::load(simd, &row[j]);
-                    if N == 1 {
+                    if STREAM {
                         simd.prefetch_l2(ahead.wrapping_add(slot * width + channel + j * LANES));
                     }
                 }
@@ -277,10 +291,10 @@ impl<T: Element> Attention<'_, T> {
                 }
             }
         }
-        for (r, acc) in acc.iter().enumerate() {
+        for r in 0..N {
             let (room, _) = room[r * width + channel..][..NV * LANES].as_chunks_mut::<LANES>();
             for j in 0..NV {
-                simd.store(acc[j], &mut room[j]);
+                simd.store(acc[r][j], &mut room[j]);
             }
         }
     }

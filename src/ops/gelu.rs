@@ -10,7 +10,8 @@ pub fn activate<S: Simd>(simd: S, activation: Activation, x: S::F32) -> S::F32 {
     match activation {
         Activation::GeluNew => gelu_new(simd, x),
         Activation::Gelu => gelu(simd, x),
-        Activation::Relu => simd.max(x, simd.splat(0.0)),
+        // In this order a NaN stays one.
+        Activation::Relu => simd.max(simd.splat(0.0), x),
         Activation::Silu => x_over_one_plus_exp(simd, x, simd.sub(simd.splat(0.0), x)),
     }
 }

@@ -31,6 +31,7 @@ def info(
     facts: dict[str, Any] = {
         "model": model,
         "folder": None if source.folder is None else str(source.folder),
+        "kind": source.kind,
         "stored_dtype": source.stored_dtype,
         "n_tensors": len(source.checkpoint.names()),
         "config": json.loads(shape.to_json()),
@@ -68,7 +69,7 @@ def _page(facts: dict[str, Any]) -> str:
     lines = {
         "model": facts["model"],
         "folder": facts["folder"],
-        "stored as": f"{facts['stored_dtype']}, {facts['n_tensors']} tensors",
+        "stored as": f"{facts['kind']}, {facts['stored_dtype']}, {facts['n_tensors']} tensors",
         "parameters": f"{facts['num_parameters']:,} ({n_lm_head:,} with a head of its own)",
         "weights": ", ".join(f"{dtype} {_size(size)}" for dtype, size in facts["memory_footprint"].items()),
         "KV cache": ", ".join(
