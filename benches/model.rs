@@ -242,7 +242,7 @@ fn spread(values: impl Iterator<Item = f64>, digits: usize) -> String {
 }
 
 fn print_row([dtype, threads, work, tokens, rate, share, of_one]: [&str; 7]) {
-    let row = format!("{dtype:<9} {threads:>7}  {work:<25} {tokens:<22} {rate:<29} {share:<13} {of_one}");
+    let row = format!("{dtype:<9} {threads:>7}  {work:<25} {tokens:<25} {rate:<31} {share:<14} {of_one}");
     println!("{}", row.trim_end());
 }
 

@@ -10,7 +10,7 @@ use crate::ops::embed::embed;
 use crate::ops::layernorm::LayerNorm;
 use crate::ops::matmul::{MatMul, NR, Then};
 use crate::ops::{Rows, padded_stride};
-use crate::pool::{Columns, Pool, Queue, share};
+use crate::pool::{Columns, Pool, share};
 use crate::simd::{Element, Isa, in_default_mode};
 use crate::weights::{Dtype, Linear, Matrix, Norm};
 use half::bf16;
@@ -224,10 +224,10 @@ impl Workers {
             }
             first_row += run.rows;
         }
-        let units = Queue::new(units);
+        let parts = deal(units, self.pool.n_threads()).into_iter().zip(&mut self.scratch).collect();
         let isa = self.isa;
-        self.pool.run(self.scratch.iter_mut().collect(), |scratch: &mut Scratch| {
-            while let Some(unit) = units.take() {
+        self.pool.run(parts, |(units, scratch): (Vec<Unit<'_, T>>, &mut Scratch)| {
+            for unit in units {
                 unit.attend(isa, scale, &mut scratch.attention);
             }
         });
@@ -257,6 +257,26 @@ impl<T: Element> Unit<'_, T> {
         let (rows, position) = (self.rows, self.position);
         isa.run(Attention { q, rows, position, blocks: &blocks, scale, out: self.out, scratch });
     }
+
+    /// What it costs, in query-key pairs.
+    fn cost(&self) -> usize {
+        self.rows * (self.position + self.rows)
+    }
+}
+
+/// Cuts units, in order, into `n` parts of about the same cost.
+fn deal<T: Element>(units: Vec<Unit<'_, T>>, n: usize) -> Vec<Vec<Unit<'_, T>>> {
+    let total: usize = units.iter().map(Unit::cost).sum();
+    let mut parts: Vec<Vec<Unit<'_, T>>> = (0..n).map(|_| Vec::new()).collect();
+    let mut before = 0;
+    for unit in units {
+        let cost = unit.cost();
+        // By the middle of its cost, so that equal units are dealt evenly.
+        let part = (2 * before + cost) * n / (2 * total).max(1);
+        before += cost;
+        parts[part.min(n - 1)].push(unit);
+    }
+    parts
 }
 
 /// Each thread's columns of a product: whole panels.

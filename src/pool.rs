@@ -181,26 +181,6 @@ fn wait(shared: &Shared, index: usize, seen: usize) -> usize {
     }
 }
 
-/// Tasks that the threads of a region take as they come: none waits for another that got a slower core.
-pub struct Queue<T> {
-    tasks: Vec<Mutex<Option<T>>>,
-    next: AtomicUsize,
-}
-
-impl<T> Queue<T> {
-    /// A queue of these tasks, in their order.
-    pub fn new(tasks: impl IntoIterator<Item = T>) -> Queue<T> {
-        let tasks = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
-        Queue { tasks, next: AtomicUsize::new(0) }
-    }
-
-    /// The next task, until there are none.
-    pub fn take(&self) -> Option<T> {
-        let task = self.tasks.get(self.next.fetch_add(1, Ordering::Relaxed))?;
-        task.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-}
-
 /// `0..n` in `parts` consecutive ranges whose lengths differ by one at most; the i-th of them.
 pub fn share(n: usize, parts: usize, i: usize) -> Range<usize> {
     n * i / parts..n * (i + 1) / parts
@@ -381,18 +361,6 @@ mod tests {
             assert!(outcome.is_err());
             pool.run(vec![0, 1, 2], |_| ());
         }
-    }
-
-    #[test]
-    fn every_task_is_taken_once() {
-        let mut pool = Pool::new(3).unwrap();
-        let (queue, sum) = (Queue::new(1..=1000u64), AtomicU64::new(0));
-        pool.run(vec![(); 3], |()| {
-            while let Some(task) = queue.take() {
-                sum.fetch_add(task, Ordering::Relaxed);
-            }
-        });
-        assert_eq!(sum.into_inner(), 500_500);
     }
 
     #[test]

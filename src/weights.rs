@@ -10,7 +10,7 @@ use crate::simd::Element;
 use half::bf16;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 pub use crate::kv_cache::Dtype;
 
@@ -505,6 +505,3 @@ impl<W: Element> Task<'_, W> {
         Ok(())
     }
 }
-
-#[allow(unused_imports)]
-use Arc as _;

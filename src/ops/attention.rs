@@ -125,15 +125,21 @@ impl<T: Element> Attention<'_, T> {
         room: &mut [f32],
     ) {
         let blocks = &self.blocks[run * RUN / BLOCK..self.blocks.len().min((run + 1) * RUN / BLOCK)];
-        let next = self.blocks.get((run + 1) * RUN / BLOCK..).unwrap_or(&[]);
+        // After a head's last run comes the next head's first, which lies behind this head's in the same blocks.
+        let mut ahead = [std::ptr::null(); RUN / BLOCK];
+        for (b, ahead) in ahead.iter_mut().enumerate() {
+            let behind = self.blocks.get(b).map(|block| block.as_ptr_range().end);
+            let next = self.blocks.get((run + 1) * RUN / BLOCK + b).map(|block| block.as_ptr());
+            *ahead = next.or(behind).unwrap_or(std::ptr::null());
+        }
         let mut weights = [[0.0; RUN]; N];
         if S::WIDE {
-            self.scores::<S, N, 0, 4, STREAM>(simd, row, blocks, next, &mut weights);
+            self.scores::<S, N, 0, 4, STREAM>(simd, row, blocks, &ahead, &mut weights);
         } else {
-            self.scores::<S, N, 0, 1, STREAM>(simd, row, blocks, next, &mut weights);
-            self.scores::<S, N, 1, 1, STREAM>(simd, row, blocks, next, &mut weights);
-            self.scores::<S, N, 2, 1, STREAM>(simd, row, blocks, next, &mut weights);
-            self.scores::<S, N, 3, 1, STREAM>(simd, row, blocks, next, &mut weights);
+            self.scores::<S, N, 0, 1, STREAM>(simd, row, blocks, &ahead, &mut weights);
+            self.scores::<S, N, 1, 1, STREAM>(simd, row, blocks, &ahead, &mut weights);
+            self.scores::<S, N, 2, 1, STREAM>(simd, row, blocks, &ahead, &mut weights);
+            self.scores::<S, N, 3, 1, STREAM>(simd, row, blocks, &ahead, &mut weights);
         }
         let mut run_max = [0.0; N];
         let mut run_sum = [0.0; N];
@@ -144,12 +150,12 @@ impl<T: Element> Attention<'_, T> {
 
         let width = sums.len() / N;
         let all_see = visible.min(RUN);
-        self.values::<S, N, STREAM>(simd, blocks, &weights, 0..all_see, next, room);
+        self.values::<S, N, STREAM>(simd, blocks, &weights, 0..all_see, &ahead, room);
         // What only the later queries see; a position that a query does not see may not even be multiplied by zero.
         for r in 1..N {
             let more = all_see..RUN.min(visible + r);
             let room = &mut room[r * width..(r + 1) * width];
-            self.values::<S, 1, false>(simd, blocks, &[weights[r]], more, next, room);
+            self.values::<S, 1, false>(simd, blocks, &[weights[r]], more, &ahead, room);
         }
 
         // Both factors of all rows by one exponential: that of the old sums in lane r, of the run's in lane r + 8.
@@ -179,18 +185,14 @@ impl<T: Element> Attention<'_, T> {
         simd: S,
         row: usize,
         blocks: &[&[T]],
-        next: &[&[T]],
+        ahead: &[*const T; RUN / BLOCK],
         weights: &mut [[f32; RUN]; N],
     ) {
         let hs = self.q.columns();
-        let keys =
-            |blocks: &[&[T]], b: usize| -> Option<*const T> { blocks.get(b).map(|block| block.as_ptr()) };
         // A block that does not exist yet stands for positions that no query sees: any keys will do.
         let mut k = [&[][..]; NB];
-        let mut ahead = [std::ptr::null(); NB];
         for b in 0..NB {
             k[b] = &blocks.get(B0 + b).unwrap_or(&blocks[0])[..hs * BLOCK].as_chunks::<BLOCK>().0[..hs];
-            ahead[b] = keys(next, B0 + b).unwrap_or(k[b].as_ptr().cast());
         }
         let mut q = [&[][..]; N];
         for r in 0..N {
@@ -202,7 +204,7 @@ impl<T: Element> Attention<'_, T> {
             for b in 0..NB {
                 lanes[b] = T::load(simd, &k[b][d]);
                 if STREAM {
-                    simd.prefetch_l2(ahead[b].wrapping_add(d * BLOCK));
+                    simd.prefetch_l2(ahead[B0 + b].wrapping_add(d * BLOCK));
                 }
             }
             for r in 0..N {
@@ -228,7 +230,7 @@ impl<T: Element> Attention<'_, T> {
         blocks: &[&[T]],
         weights: &[[f32; RUN]; N],
         positions: Range<usize>,
-        next: &[&[T]],
+        ahead: &[*const T; RUN / BLOCK],
         room: &mut [f32],
     ) {
         let width = self.q.columns().next_multiple_of(LANES);
@@ -236,10 +238,10 @@ impl<T: Element> Attention<'_, T> {
         while channel < width && !positions.is_empty() {
             let positions = positions.clone();
             if S::WIDE && channel + 4 * LANES <= width {
-                self.channels::<S, N, 4, STREAM>(simd, blocks, weights, positions, channel, next, room);
+                self.channels::<S, N, 4, STREAM>(simd, blocks, weights, positions, channel, ahead, room);
                 channel += 4 * LANES;
             } else {
-                self.channels::<S, N, 1, STREAM>(simd, blocks, weights, positions, channel, next, room);
+                self.channels::<S, N, 1, STREAM>(simd, blocks, weights, positions, channel, ahead, room);
                 channel += LANES;
             }
         }
@@ -255,7 +257,7 @@ impl<T: Element> Attention<'_, T> {
         weights: &[[f32; RUN]; N],
         positions: Range<usize>,
         channel: usize,
-        next: &[&[T]],
+        ahead: &[*const T; RUN / BLOCK],
         room: &mut [f32],
     ) {
         let hs = self.q.columns();
@@ -273,14 +275,15 @@ impl<T: Element> Attention<'_, T> {
             let slots =
                 positions.start.max(b * BLOCK) - b * BLOCK..positions.end.min((b + 1) * BLOCK) - b * BLOCK;
             let values = &blocks[b][hs * BLOCK..][..width * BLOCK];
-            let ahead = next.get(b).unwrap_or(&blocks[b])[hs * BLOCK..].as_ptr();
             for slot in slots {
                 let (row, _) = values[slot * width + channel..][..NV * LANES].as_chunks::<LANES>();
                 let mut lanes = [simd.splat(0.0); NV];
                 for j in 0..NV {
                     lanes[j] = T::load(simd, &row[j]);
                     if STREAM {
-                        simd.prefetch_l2(ahead.wrapping_add(slot * width + channel + j * LANES));
+                        simd.prefetch_l2(
+                            ahead[b].wrapping_add(hs * BLOCK + slot * width + channel + j * LANES),
+                        );
                     }
                 }
                 for r in 0..N {
