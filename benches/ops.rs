@@ -18,6 +18,7 @@ use gpt2rs::sample::{Sampling, Scratch};
 use gpt2rs::simd::{Element, Isa};
 use half::bf16;
 use std::hint::black_box;
+use std::iter::once;
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -83,7 +84,7 @@ fn matmul_prefill<W: Element>(group: &mut BenchmarkGroup<'_, WallTime>) {
 fn matmul<W: Element>(x: &[f32], rows: usize, w: Panels<'_, W>, out: &mut [f32]) {
     let stride = if rows == 1 { w.n() } else { padded_stride(w.n()) };
     let x = Rows::new(x, if rows == 1 { w.k() } else { padded_stride(w.k()) }, w.k());
-    for out in Columns::split(out, stride, rows, [0..w.n()]) {
+    for out in Columns::split(out, stride, rows, once(0..w.n())) {
         isa().run(MatMul { x, rows, w, bias: &[], then: Then::Store, out });
     }
 }

@@ -5,7 +5,7 @@ use crate::mapped::Arena;
 use crate::pool::{Pool, share};
 use crate::simd::{Isa, Kernel, LANES, Simd};
 use std::hint::black_box;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Memory that is far larger than any cache, and the threads that read it.
 pub struct Bandwidth {
@@ -77,9 +77,12 @@ impl Kernel for Read<'_> {
 /// [`Error::Threads`].
 pub fn fma_peak(isa: Isa, n_threads: usize) -> Result<f64> {
     const STEPS: usize = 1 << 20;
+    /// Long enough for the system to have put new threads on cores of their own.
+    const LONG: Duration = Duration::from_millis(150);
     let mut pool = Pool::new(n_threads).map_err(|source| Error::Threads { n_threads, source })?;
     let mut best = 0.0_f64;
-    for _ in 0..3 {
+    let begin = Instant::now();
+    while begin.elapsed() < LONG {
         let start = Instant::now();
         pool.run(vec![isa; n_threads], |isa: Isa| {
             black_box(isa.run(Multiply { steps: STEPS }));

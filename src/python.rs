@@ -500,7 +500,10 @@ impl PySample {
 
 #[pyfunction]
 fn probe_bandwidth(py: Python<'_>, n_threads: usize) -> PyResult<f64> {
-    py.detach(|| Ok(probe::Bandwidth::new(Isa::from_env()?, n_threads)?.measure() / 1e9))
+    py.detach(|| {
+        let mut bandwidth = probe::Bandwidth::new(Isa::from_env()?, n_threads)?;
+        Ok((0..3).map(|_| bandwidth.measure()).fold(0.0, f64::max) / 1e9)
+    })
 }
 
 #[pyfunction]

@@ -7,6 +7,7 @@ use gpt2rs::pool::Columns;
 use gpt2rs::simd::Element;
 use half::bf16;
 use proptest::prelude::*;
+use std::iter::once;
 
 /// One head of one sequence: keys and values of all positions up to the last query's.
 struct Case {
@@ -54,7 +55,7 @@ impl Case {
         let q = spread(&self.q[first * self.hs..][..count * self.hs], self.hs, q_stride);
         let mut out = spread(&vec![0.0; count * self.hs], self.hs, stride);
         let blocks: Vec<&[T]> = cache.iter().map(Vec::as_slice).collect();
-        let [columns] = Columns::split(&mut out, stride, count, [0..self.hs]).try_into().ok().unwrap();
+        let [columns] = Columns::split(&mut out, stride, count, once(0..self.hs)).try_into().ok().unwrap();
         isa.run(Attention {
             q: Rows::new(&q, q_stride, self.hs),
             rows: count,

@@ -11,6 +11,7 @@ use gpt2rs::ops::softmax::exp;
 use gpt2rs::pool::Columns;
 use half::bf16;
 use std::hint::black_box;
+use std::iter::once;
 
 /// Control bits of MXCSR: all exceptions masked, to nearest even, subnormals kept.
 const DEFAULT: u32 = 0x1f80;
@@ -82,9 +83,9 @@ fn matmul() {
         let mut out = vec![0.0; 2 * rows * n];
         let (first, second) = out.split_at_mut(rows * n);
         let x = Rows::new(&x, k, k);
-        let [part] = Columns::split(first, n, rows, [0..n]).try_into().ok().unwrap();
+        let [part] = Columns::split(first, n, rows, once(0..n)).try_into().ok().unwrap();
         isa.run(MatMul { x, rows, w: Panels::new(&packed, k, n), bias: &[], then: Then::Store, out: part });
-        let [part] = Columns::split(second, n, rows, [0..n]).try_into().ok().unwrap();
+        let [part] = Columns::split(second, n, rows, once(0..n)).try_into().ok().unwrap();
         isa.run(MatMul { x, rows, w: Panels::new(&bf16, k, n), bias: &[], then: Then::Store, out: part });
         out
     });
@@ -153,7 +154,7 @@ fn attention() {
     let blocks: Vec<&[f32]> = blocks.iter().map(Vec::as_slice).collect();
     check(|isa| {
         let mut out = vec![0.0; len * hs];
-        let [columns] = Columns::split(&mut out, hs, len, [0..hs]).try_into().ok().unwrap();
+        let [columns] = Columns::split(&mut out, hs, len, once(0..hs)).try_into().ok().unwrap();
         let q = Rows::new(&q, hs, hs);
         let mut scratch = Vec::new();
         let out_of = Attention {

@@ -20,7 +20,11 @@ fn nearest_bf16(value: f32) -> u16 {
     };
     let (near, far) = (read(toward_zero), read(toward_zero + 1));
     let (below, above) = ((f64::from(value) - near).abs(), (far - f64::from(value)).abs());
-    if below < above || (below == above && toward_zero % 2 == 0) { toward_zero } else { toward_zero + 1 }
+    if below < above || (below == above && toward_zero.is_multiple_of(2)) {
+        toward_zero
+    } else {
+        toward_zero + 1
+    }
 }
 
 /// A matrix's elements as float32, (K, N) or (N, K) row-major.
