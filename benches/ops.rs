@@ -5,7 +5,9 @@
 //! `benches/model.rs` measures both limits beside whole models.
 
 use criterion::measurement::WallTime;
-use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{
+    BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
+};
 use gpt2rs::config::Activation;
 use gpt2rs::ops::attention::{Attention, BLOCK, append, block_len};
 use gpt2rs::ops::embed::embed;
@@ -173,6 +175,7 @@ fn matmul_benches(criterion: &mut Criterion) {
     matmul_decode::<bf16>(&mut group);
     group.finish();
     let mut group = criterion.benchmark_group("matmul prefill");
+    group.sampling_mode(SamplingMode::Flat);
     matmul_prefill::<f32>(&mut group);
     matmul_prefill::<bf16>(&mut group);
     group.finish();

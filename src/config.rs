@@ -34,6 +34,44 @@ const N_EMBD: &[&str] = &["n_embd", "hidden_size", "emb_dim"];
 const N_LAYER: &[&str] = &["n_layer", "num_hidden_layers", "n_layers"];
 const N_HEAD: &[&str] = &["n_head", "num_attention_heads", "n_heads"];
 
+/// The type of weights or of a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// float32.
+    F32,
+    /// bfloat16.
+    BF16,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::BF16 => 2,
+        }
+    }
+
+    /// `float32` or `bfloat16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "float32",
+            Dtype::BF16 => "bfloat16",
+        }
+    }
+
+    /// The type of that name.
+    ///
+    /// # Errors
+    /// [`Error::UnknownDtype`].
+    pub fn from_name(name: &str) -> Result<Dtype> {
+        [Dtype::F32, Dtype::BF16]
+            .into_iter()
+            .find(|dtype| dtype.name() == name)
+            .ok_or_else(|| Error::UnknownDtype { name: name.to_owned() })
+    }
+}
+
 /// The function between the two matrices of the MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {

@@ -4,21 +4,12 @@
 //! [`crate::ops::attention`] for what is inside. Forking a sequence clones its list of blocks; appending to a block that
 //! is shared copies that block first.
 
-use crate::config::Config;
+use crate::config::{Config, Dtype};
 use crate::ops::attention::{self, BLOCK};
 use crate::simd::Element;
 use half::bf16;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
-
-/// The type of weights or of a cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dtype {
-    /// float32.
-    F32,
-    /// bfloat16.
-    BF16,
-}
 
 /// The cache of one sequence; `clone` forks it.
 #[derive(Clone)]

@@ -168,6 +168,8 @@ fn wait(shared: &Shared, index: usize, seen: usize) -> usize {
         if idle_since.elapsed() >= SPIN {
             break;
         }
+        // With more threads than cores, another may be waiting for this one.
+        thread::yield_now();
     }
     loop {
         shared.parked[index].store(true, Ordering::SeqCst);

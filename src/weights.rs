@@ -1,18 +1,19 @@
 //! Named tensors -> `wte`, `wpe`, `h[i]`, `ln_f`, packed once for the kernels.
 
+mod pack;
+
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::mapped::{Arena, Slab};
-use crate::ops::matmul::{NR, Panels};
+use crate::ops::matmul::Panels;
 use crate::philox::Normal;
 use crate::simd::Element;
 use half::bf16;
+use pack::{Planned, Values, pack_all};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
-pub use crate::kv_cache::Dtype;
+pub use crate::config::Dtype;
 
 /// Every weight of a model, under the checkpoint's names.
 pub struct Weights {
@@ -78,35 +79,6 @@ pub struct Matrix {
     k: usize,
     n: usize,
     dtype: Dtype,
-}
-
-impl Dtype {
-    /// Bytes of an element.
-    pub fn size(self) -> usize {
-        match self {
-            Dtype::F32 => size_of::<f32>(),
-            Dtype::BF16 => size_of::<bf16>(),
-        }
-    }
-
-    /// `float32` or `bfloat16`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Dtype::F32 => "float32",
-            Dtype::BF16 => "bfloat16",
-        }
-    }
-
-    /// The type of that name.
-    ///
-    /// # Errors
-    /// [`Error::UnknownDtype`].
-    pub fn from_name(name: &str) -> Result<Dtype> {
-        [Dtype::F32, Dtype::BF16]
-            .into_iter()
-            .find(|dtype| dtype.name() == name)
-            .ok_or_else(|| Error::UnknownDtype { name: name.to_owned() })
-    }
 }
 
 impl Matrix {
@@ -215,32 +187,6 @@ impl Weights {
     }
 }
 
-/// The values of one tensor, before they are packed.
-enum Values<'a> {
-    Tensor(&'a Tensor),
-    /// Normally distributed with this standard deviation.
-    Normal(Normal),
-    Constant(f32),
-}
-
-impl Values<'_> {
-    /// Reads rows as they are stored.
-    fn read(&self, rows: std::ops::Range<usize>, row_len: usize, out: &mut [f32]) -> Result<()> {
-        match self {
-            Values::Tensor(tensor) => tensor.read_rows(rows, out)?,
-            Values::Normal(normal) => normal.fill((rows.start * row_len) as u64, out),
-            Values::Constant(value) => out.fill(*value),
-        }
-        Ok(())
-    }
-
-    fn vector(&self, len: usize, row_len: usize) -> Result<Vec<f32>> {
-        let mut out = vec![0.0; len];
-        self.read(0..len / row_len, row_len, &mut out)?;
-        Ok(out)
-    }
-}
-
 fn initial<'a>(config: &Config, name: &str, seed: u64, stream: u64) -> Values<'a> {
     const DEVIATION: f32 = 0.02;
     if name.ends_with(".bias") {
@@ -311,16 +257,6 @@ fn names(config: &Config) -> impl Iterator<Item = String> {
         BLOCK.iter().flat_map(move |part| ["weight", "bias"].map(|kind| format!("h.{i}.{part}.{kind}")))
     });
     outside.into_iter().chain(head).chain(blocks)
-}
-
-/// A matrix to be packed, and its place in the arena.
-struct Planned<'a> {
-    values: Values<'a>,
-    k: usize,
-    n: usize,
-    /// Whether a stored row is a column of the matrix.
-    by_column: bool,
-    start: usize,
 }
 
 /// First everything is found and checked and the matrices' places are laid out, then they are filled.
@@ -422,86 +358,5 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
             dtype,
         };
         Ok(self.planned.iter().zip(ends).map(matrix).collect())
-    }
-}
-
-/// Panels of one matrix that one thread fills; a matrix whose stored rows run across the panels is one task.
-struct Task<'a, W> {
-    planned: &'a Planned<'a>,
-    first_column: usize,
-    out: &'a mut [W],
-}
-
-/// Fills the places of all matrices. Threads take tasks as they come, and the first error ends them all.
-fn pack_all<W: Element>(planned: &[Planned<'_>], bytes: &mut [u8], n_threads: usize) -> Result<()> {
-    /// Columns of a task of a matrix stored by columns.
-    const COLUMNS: usize = 64 * NR;
-    let mut rest: &mut [W] = bytemuck::cast_slice_mut(bytes);
-    let mut tasks = Vec::new();
-    for planned in planned {
-        let (out, after) = rest.split_at_mut(Panels::<W>::packed_len(planned.k, planned.n));
-        rest = after;
-        let columns = if planned.by_column { COLUMNS } else { usize::MAX / planned.k.max(1) };
-        for (i, out) in out.chunks_mut(columns * planned.k).enumerate() {
-            tasks.push(Mutex::new(Some(Task { planned, first_column: i * columns, out })));
-        }
-    }
-    let next = AtomicUsize::new(0);
-    let failure = Mutex::new(None);
-    let work = || {
-        let mut scratch = Vec::new();
-        while let Some(slot) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let task = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some(Err(error)) = task.map(|task| task.pack(&mut scratch)) {
-                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-                next.store(tasks.len(), Ordering::Relaxed);
-            }
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..n_threads.min(tasks.len()) {
-            scope.spawn(work);
-        }
-        work();
-    });
-    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
-}
-
-impl<W: Element> Task<'_, W> {
-    fn pack(self, scratch: &mut Vec<f32>) -> Result<()> {
-        /// Stored rows are read in pieces of about this many values.
-        const PIECE: usize = 128 << 10;
-        let Planned { values, k, n, by_column, .. } = self.planned;
-        let (k, n) = (*k, *n);
-        if *by_column {
-            for (i, panel) in self.out.chunks_exact_mut(k * NR).enumerate() {
-                let first = self.first_column + i * NR;
-                let columns = first..(first + NR).min(n);
-                scratch.resize(columns.len() * k, 0.0);
-                values.read(columns, k, scratch)?;
-                for (lane, column) in scratch.chunks_exact(k).enumerate() {
-                    for (row, &value) in panel.as_chunks_mut::<NR>().0.iter_mut().zip(column) {
-                        row[lane] = W::from_f32(value);
-                    }
-                }
-            }
-            return Ok(());
-        }
-        let rows_at_once = (PIECE / n).max(1);
-        for first in (0..k).step_by(rows_at_once) {
-            let rows = first..(first + rows_at_once).min(k);
-            scratch.resize(rows.len() * n, 0.0);
-            values.read(rows.clone(), n, scratch)?;
-            for (i, panel) in self.out.chunks_exact_mut(k * NR).enumerate() {
-                let columns = i * NR..(i * NR + NR).min(n);
-                let panel = panel.as_chunks_mut::<NR>().0;
-                for (out, row) in panel[rows.clone()].iter_mut().zip(scratch.chunks_exact(n)) {
-                    for (out, &value) in out.iter_mut().zip(&row[columns.clone()]) {
-                        *out = W::from_f32(value);
-                    }
-                }
-            }
-        }
-        Ok(())
     }
 }

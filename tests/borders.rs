@@ -17,7 +17,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("checkpoint", &[]),
     ("ops", &["simd", "pool", "config"]),
     ("kv_cache", &["simd", "config", "ops"]),
-    ("weights", &["simd", "pool", "mapped", "philox", "config", "checkpoint", "ops", "kv_cache"]),
+    ("weights", &["simd", "pool", "mapped", "philox", "config", "checkpoint", "ops"]),
     ("save", &["config", "checkpoint", "weights"]),
     ("parallel", &["simd", "pool", "config", "ops", "kv_cache", "weights"]),
     ("model", &["simd", "pool", "config", "ops", "kv_cache", "weights", "parallel"]),

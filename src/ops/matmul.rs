@@ -124,6 +124,7 @@ impl<W: Element> Kernel for MatMul<'_, W> {
         // Pieces of one length, as a short last one would cost as many stores and loads.
         let kc = if tiles == 1 { self.w.k } else { self.w.k.div_ceil(self.w.k.div_ceil(KC)) };
         let columns = self.out.range();
+        assert!(self.bias.is_empty() || self.bias.len() == self.w.n);
         if columns.is_empty() || self.rows == 0 {
             return;
         }
@@ -215,49 +216,37 @@ impl<W: Element> MatMul<'_, W> {
     ) {
         let fresh = part.ks.start == 0;
         let x = |row: usize| &self.x.row(part.rows.start + row)[part.ks.clone()];
-        macro_rules! whole {
+        macro_rules! add {
+            ($rows:literal, $register:literal, $registers:literal) => {{
+                let x = std::array::from_fn(x);
+                multiply::<S, W, STREAM, $rows, $register, $registers>(simd, x, piece, ahead, fresh, sums)
+            }};
             ($rows:literal) => {
-                multiply::<S, W, STREAM, $rows, 0, 2>(simd, std::array::from_fn(x), piece, ahead, fresh, sums)
+                add!($rows, 0, 2)
             };
-        }
-        macro_rules! halves {
-            ($rows:literal) => {{
-                multiply::<S, W, STREAM, $rows, 0, 1>(
-                    simd,
-                    std::array::from_fn(x),
-                    piece,
-                    ahead,
-                    fresh,
-                    sums,
-                );
-                multiply::<S, W, STREAM, $rows, 1, 1>(
-                    simd,
-                    std::array::from_fn(x),
-                    piece,
-                    ahead,
-                    fresh,
-                    sums,
-                );
+            ($rows:literal in halves) => {{
+                add!($rows, 0, 1);
+                add!($rows, 1, 1);
             }};
         }
         match (part.rows.len(), S::WIDE) {
-            (1, _) => whole!(1),
-            (2, _) => whole!(2),
-            (3, _) => whole!(3),
-            (4, false) => halves!(4),
-            (5, false) => halves!(5),
-            (6, false) => halves!(6),
-            (4, true) => whole!(4),
-            (5, true) => whole!(5),
-            (6, true) => whole!(6),
-            (7, true) => whole!(7),
-            (8, true) => whole!(8),
-            (9, true) => whole!(9),
-            (10, true) => whole!(10),
-            (11, true) => whole!(11),
-            (12, true) => whole!(12),
-            (13, true) => whole!(13),
-            (14, true) => whole!(14),
+            (1, _) => add!(1),
+            (2, _) => add!(2),
+            (3, _) => add!(3),
+            (4, false) => add!(4 in halves),
+            (5, false) => add!(5 in halves),
+            (6, false) => add!(6 in halves),
+            (4, true) => add!(4),
+            (5, true) => add!(5),
+            (6, true) => add!(6),
+            (7, true) => add!(7),
+            (8, true) => add!(8),
+            (9, true) => add!(9),
+            (10, true) => add!(10),
+            (11, true) => add!(11),
+            (12, true) => add!(12),
+            (13, true) => add!(13),
+            (14, true) => add!(14),
             (rows, _) => unreachable!("a tile of {rows} rows"),
         }
     }
