@@ -38,7 +38,7 @@ fn check(values: &[f32]) {
 /// Every 1021st float32 of either sign, NaNs and infinities among them: 4.2 million values.
 #[test]
 fn the_whole_range() {
-    let all: Vec<f32> = (0..=u32::MAX).step_by(1021).map(f32::from_bits).filter(|x| !x.is_nan()).collect();
+    let all: Vec<f32> = (0..=u32::MAX).step_by(1021).map(f32::from_bits).collect();
     check(&all);
 }
 
