@@ -108,6 +108,14 @@ pub struct MatMul<'a, W> {
     pub out: Columns<'a>,
 }
 
+/// What a tile asks for while it computes: lines from `address` on, with a `gap` of bytes after each `lines`.
+#[derive(Clone, Copy)]
+struct Ahead {
+    address: *const u8,
+    lines: usize,
+    gap: usize,
+}
+
 /// A tile of the output, and what of k is being added to it.
 struct Part {
     panel: usize,
@@ -136,16 +144,25 @@ impl<W: Element> Kernel for MatMul<'_, W> {
                 let piece = &self.w.panel(panel)[ks.clone()];
                 if tiles == 1 {
                     let part = Part { panel, rows: 0..self.rows, ks: ks.clone() };
-                    let ahead = piece.as_ptr().cast::<u8>().wrapping_add(AHEAD_BYTES);
+                    let address = piece.as_ptr().cast::<u8>().wrapping_add(AHEAD_BYTES);
+                    let ahead = Ahead { address, lines: usize::MAX, gap: 0 };
                     self.tile::<S, true>(simd, part, piece, ahead, &mut sums);
                     continue;
                 }
-                // Each tile asks for one line of the next piece a step, so the first one or two tiles bring it whole.
                 let next = self.w.panel((panel + 1).min(panels.end - 1))[ks.clone()].as_ptr().cast::<u8>();
                 for tile in 0..tiles {
                     let rows = self.rows * tile / tiles..self.rows * (tile + 1) / tiles;
+                    // One line a step: the first one or two tiles bring the next piece of weights, the others the next
+                    // tile's inputs, of which all together don't stay in the second-level cache.
                     let brought = tile * ks.len() * LINE;
-                    let ahead = next.wrapping_add(if brought < size_of_val(piece) { brought } else { 0 });
+                    let ahead = if brought < size_of_val(piece) {
+                        Ahead { address: next.wrapping_add(brought), lines: usize::MAX, gap: 0 }
+                    } else {
+                        let row = self.x.row(if tile + 1 < tiles { rows.end } else { 0 });
+                        let lines = (size_of::<f32>() * ks.len()).div_ceil(LINE);
+                        let gap = size_of::<f32>() * self.x.stride() - lines * LINE;
+                        Ahead { address: row[ks.start..].as_ptr().cast(), lines, gap }
+                    };
                     let part = Part { panel, rows, ks: ks.clone() };
                     self.tile::<S, false>(simd, part, piece, ahead, &mut sums);
                 }
@@ -165,7 +182,7 @@ impl<W: Element> MatMul<'_, W> {
         simd: S,
         part: Part,
         piece: &[[W; NR]],
-        ahead: *const u8,
+        ahead: Ahead,
         sums: &mut Tile,
     ) {
         // The tile's place among this thread's columns, of which the last panel may have fewer than NR.
@@ -211,7 +228,7 @@ impl<W: Element> MatMul<'_, W> {
         simd: S,
         part: &Part,
         piece: &[[W; NR]],
-        ahead: *const u8,
+        ahead: Ahead,
         sums: &mut Tile,
     ) {
         let fresh = part.ks.start == 0;
@@ -315,11 +332,12 @@ fn multiply<S: Simd, W: Element, const STREAM: bool, const MR: usize, const V0: 
     simd: S,
     mut x: [&[f32]; MR],
     piece: &[[W; NR]],
-    ahead: *const u8,
+    mut ahead: Ahead,
     fresh: bool,
     sums: &mut Tile,
 ) {
     let steps = piece.len();
+    let mut line = 0;
     for x in &mut x {
         *x = &x[..steps];
     }
@@ -334,10 +352,15 @@ fn multiply<S: Simd, W: Element, const STREAM: bool, const MR: usize, const V0: 
     for k in 0..steps {
         if STREAM {
             for line in 0..size_of::<[W; NR]>() / LINE {
-                simd.prefetch(ahead.wrapping_add(k * size_of::<[W; NR]>() + line * LINE));
+                simd.prefetch(ahead.address.wrapping_add(k * size_of::<[W; NR]>() + line * LINE));
             }
         } else {
-            simd.prefetch_l2(ahead.wrapping_add(k * LINE));
+            simd.prefetch_l2(ahead.address);
+            ahead.address = ahead.address.wrapping_add(LINE);
+            line += 1;
+            if line == ahead.lines {
+                (line, ahead.address) = (0, ahead.address.wrapping_add(ahead.gap));
+            }
         }
         let (w, _) = piece[k].as_chunks::<LANES>();
         let mut lanes = [simd.splat(0.0); NV];

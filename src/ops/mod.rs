@@ -33,6 +33,11 @@ impl<'a> Rows<'a> {
         self.columns
     }
 
+    /// Distance from a row to the next.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
     /// Row `i`.
     #[inline(always)]
     pub fn row(&self, i: usize) -> &'a [f32] {
