@@ -160,7 +160,8 @@ impl<W: Element> Kernel for MatMul<'_, W> {
                     } else {
                         let row = self.x.row(if tile + 1 < tiles { rows.end } else { 0 });
                         let lines = (size_of::<f32>() * ks.len()).div_ceil(LINE);
-                        let gap = size_of::<f32>() * self.x.stride() - lines * LINE;
+                        // Negative where rows are closer than whole lines; addresses wrap.
+                        let gap = (size_of::<f32>() * self.x.stride()).wrapping_sub(lines * LINE);
                         Ahead { address: row[ks.start..].as_ptr().cast(), lines, gap }
                     };
                     let part = Part { panel, rows, ks: ks.clone() };
