@@ -22,8 +22,6 @@ pub const MAX_LAYER: usize = 1 << 14;
 /// Most bytes of a config's text; the longest real ones have a few kilobytes.
 pub const MAX_CONFIG_BYTES: usize = 1 << 20;
 
-/// Columns that packed matrices are padded to a multiple of.
-const PACKED_COLUMNS: usize = 32;
 /// `<|endoftext|>` of the published vocabulary, which `GPT2Config` takes for both ends of a text.
 const END_OF_TEXT: u32 = 50256;
 
@@ -41,34 +39,82 @@ pub enum Dtype {
     F32,
     /// bfloat16.
     BF16,
+    /// int8 with scales: of weights in groups, of a cache by head and position.
+    Int8,
+    /// Weights of four bits in groups with scales; the most sensitive matrices are int8.
+    Int4,
 }
 
 impl Dtype {
-    /// Bytes of an element.
-    pub fn size(self) -> usize {
-        match self {
-            Dtype::F32 => 4,
-            Dtype::BF16 => 2,
-        }
-    }
+    const ALL: [Dtype; 4] = [Dtype::F32, Dtype::BF16, Dtype::Int8, Dtype::Int4];
 
-    /// `float32` or `bfloat16`.
+    /// `float32`, `bfloat16`, `int8` or `int4`.
     pub fn name(self) -> &'static str {
         match self {
             Dtype::F32 => "float32",
             Dtype::BF16 => "bfloat16",
+            Dtype::Int8 => "int8",
+            Dtype::Int4 => "int4",
         }
     }
 
-    /// The type of that name.
+    /// The type of weights of that name.
     ///
     /// # Errors
     /// [`Error::UnknownDtype`].
     pub fn from_name(name: &str) -> Result<Dtype> {
-        [Dtype::F32, Dtype::BF16]
+        Dtype::ALL
             .into_iter()
             .find(|dtype| dtype.name() == name)
             .ok_or_else(|| Error::UnknownDtype { name: name.to_owned() })
+    }
+
+    /// The type of caches of that name.
+    ///
+    /// # Errors
+    /// [`Error::UnknownKvDtype`].
+    pub fn of_cache(name: &str) -> Result<Dtype> {
+        Dtype::from_name(name)
+            .ok()
+            .filter(|&dtype| dtype != Dtype::Int4)
+            .ok_or_else(|| Error::UnknownKvDtype { name: name.to_owned() })
+    }
+
+    /// The type of a cache beside weights of this type, unless another is asked for.
+    pub fn cache(self) -> Dtype {
+        if self == Dtype::Int4 { Dtype::Int8 } else { self }
+    }
+}
+
+/// How exactly activations enter products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// As float32 beside float32 and bfloat16 weights; in int8 groups beside integer ones.
+    Exact,
+    /// Rounded to bfloat16, as bfloat16 weights are, for products and attention.
+    Fast,
+}
+
+impl Precision {
+    /// `exact` or `fast`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::Exact => "exact",
+            Precision::Fast => "fast",
+        }
+    }
+
+    /// The precision of that name, for weights of `dtype`.
+    ///
+    /// # Errors
+    /// [`Error::UnknownPrecision`], and [`Error::FastDtype`] for weights that are not bfloat16.
+    pub fn from_name(name: &str, dtype: Dtype) -> Result<Precision> {
+        match name {
+            "exact" => Ok(Precision::Exact),
+            "fast" if dtype == Dtype::BF16 => Ok(Precision::Fast),
+            "fast" => Err(Error::FastDtype { dtype: dtype.name() }),
+            _ => Err(Error::UnknownPrecision { name: name.to_owned() }),
+        }
     }
 }
 
@@ -301,18 +347,8 @@ impl Config {
         embedding * (1 + heads) + self.n_layer as u64 * matrices + self.vectors()
     }
 
-    /// Bytes of the weights as the engine holds them, with `bytes_per_weight` for an element of a matrix: each (K, N)
-    /// matrix padded to a multiple of 32 columns, `wte` held once as (C, V), and `wpe`, norms and biases in float32.
-    pub fn packed_bytes(&self, bytes_per_weight: usize) -> u64 {
-        let packed = |k: usize, n: usize| k as u64 * n.next_multiple_of(PACKED_COLUMNS) as u64;
-        let block: u64 = self.block_matrices().iter().map(|&(k, n)| packed(k, n)).sum();
-        let heads = 1 + u64::from(!self.tie_word_embeddings);
-        let weights = heads * packed(self.n_embd, self.n_vocab) + self.n_layer as u64 * block;
-        weights * bytes_per_weight as u64 + self.vectors() * size_of::<f32>() as u64
-    }
-
     /// Parameters held as float32 whatever the weights' type: `wpe`, the norms' gains and biases, the biases.
-    fn vectors(&self) -> u64 {
+    pub fn vectors(&self) -> u64 {
         let norm = 2 * self.n_embd as u64;
         let biases: u64 = self.block_matrices().iter().map(|&(_, n)| n as u64).sum();
         self.n_ctx as u64 * self.n_embd as u64 + self.n_layer as u64 * (2 * norm + biases) + norm

@@ -10,7 +10,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 pub enum Error {
     /// `GPT2RS_ISA` names an instruction set that does not exist.
-    #[error("GPT2RS_ISA is {0:?}; it must be one of portable, avx2, avx512")]
+    #[error("GPT2RS_ISA is {0:?}; it must be one of portable, avx2, avxvnni, avx512, avx512vnni, avx512bf16")]
     UnknownIsa(String),
     /// `GPT2RS_ISA` names an instruction set that this machine lacks.
     #[error("GPT2RS_ISA is {0:?}, which this machine does not have")]
@@ -314,10 +314,36 @@ pub enum Error {
         name: String,
     },
     /// No type of weights has that name.
-    #[error("dtype must be float32 or bfloat16, found {name:?}")]
+    #[error("dtype must be float32, bfloat16, int8 or int4, found {name:?}")]
     UnknownDtype {
         /// The name given.
         name: String,
+    },
+    /// No type of caches has that name.
+    #[error("kv_dtype must be float32, bfloat16 or int8, found {name:?}")]
+    UnknownKvDtype {
+        /// The name given.
+        name: String,
+    },
+    /// No precision has that name.
+    #[error("precision must be exact or fast, found {name:?}")]
+    UnknownPrecision {
+        /// The name given.
+        name: String,
+    },
+    /// Activations are rounded to bfloat16 only beside weights that are.
+    #[error("precision \"fast\" is for bfloat16 weights; these are {dtype}")]
+    FastDtype {
+        /// The weights' type.
+        dtype: &'static str,
+    },
+    /// Weights that were rounded to integers are no longer those of a checkpoint.
+    #[error(
+        "{dtype} weights can't be saved as a checkpoint; save float32 or bfloat16 ones, or convert the model"
+    )]
+    SaveQuantised {
+        /// The weights' type.
+        dtype: &'static str,
     },
     /// The weights do not fit into memory.
     #[error("no memory for {bytes} bytes of weights: {source}")]

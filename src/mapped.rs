@@ -1,8 +1,18 @@
-//! Memory on huge pages for packed weights.
+//! Memory for what is streamed: lines of a cache, and packed weights on huge pages.
 
 use memmap2::MmapMut;
 use std::ops::Range;
 use std::sync::Arc;
+
+/// A line of a cache: memory that is moved, aligned and given out as one.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Line([u8; 64]);
+
+// SAFETY: any bits are a line, all zeros too, and it has no padding.
+unsafe impl bytemuck::Zeroable for Line {}
+// SAFETY: as above; it has no interior mutability and no pointers.
+unsafe impl bytemuck::Pod for Line {}
 
 /// Zeroed memory that starts on a huge page where the system gives them.
 pub struct Arena {

@@ -3,14 +3,14 @@
 //! Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; equal to `GPT2LMHeadModel` of Hugging
 //! Face transformers.
 
-use crate::config::Config;
+use crate::config::{Config, Precision};
 use crate::error::{Error, Result};
-use crate::kv_cache::{Blocks, CacheElement, KvCache};
+use crate::kv_cache::{KvCache, Supply};
 use crate::parallel::{Activations, AttentionRun, Workers};
 use crate::pool::{PerProcess, Pool, default_threads};
 use crate::simd::{Isa, in_default_mode};
-use crate::weights::{Block, Dtype, Origin, Weights};
-use half::bf16;
+use crate::weights::{Block, Dtype, Origin, Weights, packed_bytes};
+use std::sync::Arc;
 
 /// Rows of one pass at most: more would leave the second-level cache, and a caller who wants to stop waits for a layer.
 pub const MAX_ROWS: usize = 512;
@@ -21,9 +21,10 @@ pub struct Model {
     weights: Weights,
     dtype: Dtype,
     kv_dtype: Dtype,
+    precision: Precision,
     isa: Isa,
     n_threads: usize,
-    blocks: Blocks,
+    supply: Arc<Supply>,
     engine: PerProcess<Engine>,
 }
 
@@ -34,6 +35,8 @@ pub struct Options {
     pub dtype: Dtype,
     /// Type of the caches; `None` follows the weights.
     pub kv_dtype: Option<Dtype>,
+    /// How exactly activations enter products.
+    pub precision: Precision,
     /// Threads; `None` chooses.
     pub n_threads: Option<usize>,
     /// Instruction set; `None` takes `GPT2RS_ISA` or the fastest.
@@ -42,7 +45,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Options {
-        Options { dtype: Dtype::F32, kv_dtype: None, n_threads: None, isa: None }
+        Options { dtype: Dtype::F32, kv_dtype: None, precision: Precision::Exact, n_threads: None, isa: None }
     }
 }
 
@@ -84,22 +87,24 @@ impl Model {
     /// What [`Weights::new`] says; an instruction set that is not there; threads that the system refuses.
     pub fn new(config: Config, origin: Origin<'_>, options: Options) -> Result<Model> {
         let isa = options.isa.map_or_else(Isa::from_env, Ok)?;
-        let bytes = config.packed_bytes(options.dtype.size()) as usize;
+        let bytes = packed_bytes(&config, options.dtype) as usize;
         let n_threads = options.n_threads.unwrap_or_else(|| default_threads(bytes));
         let dtype = options.dtype;
         let packing_threads = options.n_threads.unwrap_or_else(|| default_threads(usize::MAX));
         // Values are rounded here too, by threads that inherit this one's floating-point mode.
         let weights = in_default_mode(|| Weights::new(&config, origin, dtype, packing_threads))?;
         let pool = Pool::new(n_threads).map_err(|source| Error::Threads { n_threads, source })?;
-        let engine = PerProcess::new(Engine::new(isa, pool), move || {
+        let kv_dtype = options.kv_dtype.unwrap_or(dtype.cache());
+        let engine = move |pool| Engine::new(Workers::new(isa, options.precision, kv_dtype, pool));
+        let engine = PerProcess::new(engine(pool), move || {
             // A child that gets no threads computes alone, to the same bits.
             let pool =
                 Pool::new(n_threads).or_else(|_| Pool::new(1)).expect("a pool of one starts no thread");
-            Engine::new(isa, pool)
+            engine(pool)
         });
-        let kv_dtype = options.kv_dtype.unwrap_or(dtype);
-        let blocks = Blocks::new(&config, kv_dtype);
-        Ok(Model { config, weights, dtype, kv_dtype, isa, n_threads, blocks, engine })
+        let supply = Arc::new(Supply::new(&config, kv_dtype));
+        let precision = options.precision;
+        Ok(Model { config, weights, dtype, kv_dtype, precision, isa, n_threads, supply, engine })
     }
 
     /// The model's shape.
@@ -122,6 +127,11 @@ impl Model {
         self.kv_dtype
     }
 
+    /// How exactly activations enter products.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
     /// The instruction set that computes.
     pub fn isa(&self) -> Isa {
         self.isa
@@ -134,7 +144,7 @@ impl Model {
 
     /// An empty cache for a sequence of this model.
     pub fn new_cache(&self) -> KvCache {
-        self.blocks.new_cache()
+        KvCache::new(&self.supply)
     }
 
     /// Computes new tokens of any number of sequences in one pass, at most [`MAX_ROWS`] in all.
@@ -154,13 +164,10 @@ impl Model {
     ) -> Result<()> {
         let tokens = self.place(runs)?;
         assert!(tokens.len() <= MAX_ROWS, "{} rows in one pass", tokens.len());
-        in_default_mode(|| match self.kv_dtype {
-            Dtype::F32 => self.pass::<f32>(runs, &tokens, wanted, proceed),
-            Dtype::BF16 => self.pass::<bf16>(runs, &tokens, wanted, proceed),
-        })
+        in_default_mode(|| self.pass(runs, &tokens, wanted, proceed))
     }
 
-    fn pass<T: CacheElement>(
+    fn pass(
         &self,
         runs: &mut [Run<'_>],
         tokens: &[(u32, usize)],
@@ -171,7 +178,7 @@ impl Model {
         let Engine { workers, x, qkv, attended, hidden, sums, last } = &mut *self.engine.lock();
         let eps = self.config.layer_norm_epsilon;
         for run in &mut *runs {
-            T::of(run.cache).reserve(run.tokens.len());
+            run.cache.reserve(run.tokens.len());
         }
 
         workers.embed(wte, wpe, tokens, x.shape(tokens.len(), self.config.n_embd));
@@ -183,15 +190,15 @@ impl Model {
             let caches = runs.iter_mut().map(|run| AttentionRun {
                 position: run.cache.len(),
                 rows: run.tokens.len(),
-                heads: T::of(run.cache).heads(layer),
+                heads: run.cache.heads(layer),
             });
-            workers.attention::<T>(qkv, caches.collect(), self.config.attn_scale(layer), attended);
+            workers.attention(qkv, caches.collect(), self.config.attn_scale(layer), attended);
             workers.add_linear(attended, &attn.c_proj, sums, x);
             workers.norm_linear(x, (ln_2, eps), &mlp.c_fc, Some(self.config.activation_function), hidden);
             workers.add_linear(hidden, &mlp.c_proj, sums, x);
         }
         for run in &mut *runs {
-            T::of(run.cache).advance(run.tokens.len());
+            run.cache.advance(run.tokens.len());
         }
 
         let head = lm_head.as_ref().unwrap_or(wte);
@@ -235,9 +242,9 @@ impl Model {
 }
 
 impl Engine {
-    fn new(isa: Isa, pool: Pool) -> Engine {
+    fn new(workers: Workers) -> Engine {
         Engine {
-            workers: Workers::new(isa, pool),
+            workers,
             x: Activations::default(),
             qkv: Activations::default(),
             attended: Activations::default(),

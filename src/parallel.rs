@@ -3,17 +3,21 @@
 //! A region ends with a barrier, so there are few: LayerNorm is computed again by every thread that needs it, which is
 //! cheaper than to wait for another, and biases, activations and residual sums ride in the products' epilogues.
 
-use crate::config::Activation;
-use crate::kv_cache::{CacheElement, Head};
-use crate::ops::attention::Attention;
+use crate::config::{Activation, Precision};
+use crate::kv_cache::Head;
+use crate::ops::attention::{self, Append, Attention, Cached};
 use crate::ops::embed::embed;
 use crate::ops::layernorm::LayerNorm;
-use crate::ops::matmul::{MatMul, NR, Then};
+use crate::ops::matmul::{MatMul, Quantised, Then};
+use crate::ops::pairs::{Bf16, Bf16Dots, F32, Int8};
+use crate::ops::panels::{Format, Int4Groups, Int8Groups, NR};
+use crate::ops::round::{QuantiseRows, RoundRows};
 use crate::ops::{Rows, padded_stride};
 use crate::pool::{Columns, Pool, share};
-use crate::simd::{Element, Isa, in_default_mode};
+use crate::simd::{Isa, in_default_mode};
 use crate::weights::{Dtype, Linear, Matrix, Norm};
 use half::bf16;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// A row-major buffer of activations, its rows padded; it keeps its memory between passes.
@@ -25,12 +29,16 @@ pub struct Activations {
 }
 
 impl Activations {
-    /// Makes it (rows, columns); what it holds is unspecified.
+    /// Makes it (rows, columns); what it holds is unspecified, but for a zero after each row of an odd length.
     pub fn shape(&mut self, rows: usize, columns: usize) -> &mut Activations {
         (self.rows, self.columns) = (rows, columns);
         let len = rows * self.stride();
         if self.data.len() < len {
             self.data.resize(len, 0.0);
+        }
+        if columns % 2 == 1 {
+            let stride = self.stride();
+            self.data[..len].chunks_exact_mut(stride).for_each(|row| row[columns] = 0.0);
         }
         self
     }
@@ -59,6 +67,11 @@ impl Activations {
         Rows::new(&self.data, self.stride(), self.columns)
     }
 
+    /// Its values two by two, a zero beside an odd last one.
+    fn pairs(&self) -> Rows<'_, [f32; 2]> {
+        Rows::new(bytemuck::cast_slice(&self.data), self.stride() / 2, self.columns.div_ceil(2))
+    }
+
     fn split(&mut self, ranges: impl IntoIterator<Item = Range<usize>>) -> Vec<Columns<'_>> {
         let stride = self.stride();
         Columns::split(&mut self.data, stride, self.rows, ranges)
@@ -67,32 +80,50 @@ impl Activations {
 
 /// The threads of a model and what each of them keeps for itself.
 pub struct Workers {
-    isa: Isa,
+    how: How,
     pool: Pool,
     scratch: Vec<Scratch>,
+}
+
+/// What kernels are run.
+#[derive(Clone, Copy)]
+struct How {
+    isa: Isa,
+    precision: Precision,
+    kv_dtype: Dtype,
 }
 
 #[derive(Default)]
 struct Scratch {
     normed: Activations,
-    attention: Vec<f32>,
+    inputs: Inputs,
+    attention: attention::Scratch,
+}
+
+/// Room for activations in the type that narrow weights are multiplied with.
+#[derive(Default)]
+struct Inputs {
+    pairs: Vec<[bf16; 2]>,
+    values: Vec<[i8; 4]>,
+    scales: Vec<f32>,
+    starts: Vec<i32>,
 }
 
 /// One sequence's part of a pass: its rows of the activations and one layer of its cache.
-pub struct AttentionRun<'a, T> {
+pub struct AttentionRun<'a> {
     /// Position of the first row.
     pub position: usize,
     /// Number of rows.
     pub rows: usize,
     /// The layer's heads.
-    pub heads: Vec<Head<'a, T>>,
+    pub heads: Vec<Head<'a>>,
 }
 
 impl Workers {
-    /// Threads that run kernels of `isa`.
-    pub fn new(isa: Isa, pool: Pool) -> Workers {
+    /// Threads that run kernels of `isa`, for caches of `kv_dtype`.
+    pub fn new(isa: Isa, precision: Precision, kv_dtype: Dtype, pool: Pool) -> Workers {
         let scratch = (0..pool.n_threads()).map(|_| Scratch::default()).collect();
-        Workers { isa, pool, scratch }
+        Workers { how: How { isa, precision, kv_dtype }, pool, scratch }
     }
 
     /// `x[i] = wte[token] + wpe[position]` for each (token, position).
@@ -111,8 +142,10 @@ impl Workers {
             for (&(token, position), out) in tokens.iter().zip(rows.chunks_exact_mut(stride)) {
                 let wpe = &wpe[position * c..(position + 1) * c];
                 match wte.dtype() {
-                    Dtype::F32 => embed(wte.panels::<f32>(), token as usize, wpe, &mut out[..c]),
-                    Dtype::BF16 => embed(wte.panels::<bf16>(), token as usize, wpe, &mut out[..c]),
+                    Dtype::F32 => embed(wte.panels::<F32>(), token as usize, wpe, &mut out[..c]),
+                    Dtype::BF16 => embed(wte.panels::<Bf16>(), token as usize, wpe, &mut out[..c]),
+                    Dtype::Int8 => embed(wte.panels::<Int8Groups>(), token as usize, wpe, &mut out[..c]),
+                    Dtype::Int4 => embed(wte.panels::<Int4Groups>(), token as usize, wpe, &mut out[..c]),
                 }
             }
         };
@@ -150,11 +183,12 @@ impl Workers {
     ) {
         let outs = Columns::split(out, stride, rows, shares(w, self.pool.n_threads()));
         let parts = outs.into_iter().zip(&mut self.scratch).collect();
-        let isa = self.isa;
+        let how = self.how;
         self.pool.run(parts, |(out, scratch): (Columns<'_>, &mut Scratch)| {
-            let normed = scratch.normed.shape(x.rows, x.columns);
-            norm_rows(isa, x, (norm, eps), normed);
-            matmul(isa, normed, w, bias, then(), out);
+            let Scratch { normed, inputs, .. } = scratch;
+            let normed = normed.shape(x.rows, x.columns);
+            norm_rows(how.isa, x, (norm, eps), normed);
+            how.matmul(normed, w, bias, then(), out, inputs);
         });
     }
 
@@ -168,10 +202,11 @@ impl Workers {
     ) {
         let (n, w) = (self.pool.n_threads(), &linear.weight);
         let sums = sums.shape(a.rows, w.n()).split(shares(w, n));
-        let parts = x.split(shares(w, n)).into_iter().zip(sums).collect();
-        let isa = self.isa;
-        self.pool.run(parts, |(x, sums): (Columns<'_>, Columns<'_>)| {
-            matmul(isa, a, w, &linear.bias, Then::AddTo(x), sums);
+        let outs = x.split(shares(w, n)).into_iter().zip(sums);
+        let parts = outs.zip(&mut self.scratch).collect();
+        let how = self.how;
+        self.pool.run(parts, |((x, sums), scratch): ((Columns<'_>, Columns<'_>), &mut Scratch)| {
+            how.matmul(a, w, &linear.bias, Then::AddTo(x), sums, &mut scratch.inputs);
         });
     }
 
@@ -186,7 +221,7 @@ impl Workers {
             rest = after;
             parts.push((rows.start, out));
         }
-        let isa = self.isa;
+        let isa = self.how.isa;
         self.pool.run(parts, |(first, out): (usize, &mut [f32])| {
             let x = x.view().rows_from(first);
             let Norm { weight, bias } = norm;
@@ -195,10 +230,10 @@ impl Workers {
     }
 
     /// Appends each row's key and value to its cache and attends: (rows, 3C) queries, keys, values -> (rows, C).
-    pub fn attention<T: CacheElement>(
+    pub fn attention(
         &mut self,
         qkv: &Activations,
-        runs: Vec<AttentionRun<'_, T>>,
+        runs: Vec<AttentionRun<'_>>,
         scale: f32,
         out: &mut Activations,
     ) {
@@ -225,37 +260,35 @@ impl Workers {
             first_row += run.rows;
         }
         let parts = deal(units, self.pool.n_threads()).into_iter().zip(&mut self.scratch).collect();
-        let isa = self.isa;
-        self.pool.run(parts, |(units, scratch): (Vec<Unit<'_, T>>, &mut Scratch)| {
+        let how = self.how;
+        self.pool.run(parts, |(units, scratch): (Vec<Unit<'_>>, &mut Scratch)| {
             for unit in units {
-                unit.attend(isa, scale, &mut scratch.attention);
+                how.attend(unit, scale, &mut scratch.attention);
             }
         });
     }
 }
 
 /// One head of one sequence.
-struct Unit<'a, T> {
+struct Unit<'a> {
     /// From the sequence's first row on.
     qkv: Rows<'a>,
     position: usize,
     rows: usize,
-    cache: Head<'a, T>,
+    cache: Head<'a>,
     out: Columns<'a>,
 }
 
-impl<T: Element> Unit<'_, T> {
-    fn attend(mut self, isa: Isa, scale: f32, scratch: &mut Vec<f32>) {
+impl Unit<'_> {
+    /// Appends keys and values of all rows.
+    fn append<P: Cached>(&mut self, isa: Isa) {
         let c = self.qkv.columns() / 3;
         let head = self.out.range();
-        for i in 0..self.rows {
-            let row = self.qkv.row(i);
-            let (key, value) = (&row[c..][head.clone()], &row[2 * c..][head.clone()]);
-            self.cache.append(self.position + i, key, value);
-        }
-        let (q, blocks) = (self.qkv.columns_of(head), self.cache.blocks());
-        let (rows, position) = (self.rows, self.position);
-        isa.run(Attention { q, rows, position, blocks: &blocks, scale, out: self.out, scratch });
+        let keys = self.qkv.columns_of(c + head.start..c + head.end);
+        let values = self.qkv.columns_of(2 * c + head.start..2 * c + head.end);
+        let (blocks, start) = self.cache.written();
+        let first = self.position - start;
+        isa.run(Append::<P> { keys, values, rows: self.rows, first, blocks, cached: PhantomData });
     }
 
     /// What it costs, in query-key pairs.
@@ -264,10 +297,92 @@ impl<T: Element> Unit<'_, T> {
     }
 }
 
+impl How {
+    fn attend(self, mut unit: Unit<'_>, scale: f32, scratch: &mut attention::Scratch) {
+        macro_rules! attend {
+            ($pairs:ty, $run:ident) => {{
+                unit.append::<$pairs>(self.isa);
+                let Unit { qkv, position, rows, cache, out } = unit;
+                let (q, blocks) = (qkv.columns_of(out.range()), cache.blocks());
+                let (blocks, cached) = (&blocks[..], PhantomData::<$pairs>);
+                self.isa.$run(Attention { q, rows, position, blocks, cached, scale, out, scratch })
+            }};
+        }
+        match (self.kv_dtype, self.precision) {
+            (Dtype::F32, _) => attend!(F32, run),
+            (Dtype::BF16, Precision::Exact) => attend!(Bf16, run),
+            (Dtype::BF16, Precision::Fast) => attend!(Bf16Dots, run_flushing),
+            (Dtype::Int8, _) => attend!(Int8, run),
+            (Dtype::Int4, _) => unreachable!("no cache is held in int4"),
+        }
+    }
+
+    fn matmul(
+        self,
+        x: &Activations,
+        w: &Matrix,
+        bias: &[f32],
+        then: Then<'_>,
+        out: Columns<'_>,
+        inputs: &mut Inputs,
+    ) {
+        let (isa, rows) = (self.isa, x.rows);
+        match (w.dtype(), self.precision) {
+            (Dtype::F32, _) => isa.run(MatMul { x: x.pairs(), rows, w: w.panels::<F32>(), bias, then, out }),
+            (Dtype::BF16, Precision::Exact) => {
+                isa.run(MatMul { x: x.pairs(), rows, w: w.panels::<Bf16>(), bias, then, out });
+            }
+            (Dtype::BF16, Precision::Fast) => {
+                let x = inputs.round(isa, x);
+                isa.run_flushing(MatMul { x, rows, w: w.panels::<Bf16Dots>(), bias, then, out });
+            }
+            (Dtype::Int8, _) => {
+                let x = inputs.quantise(isa, x, Int8Groups::GROUP);
+                isa.run(MatMul { x, rows, w: w.panels::<Int8Groups>(), bias, then, out });
+            }
+            (Dtype::Int4, _) => {
+                let x = inputs.quantise(isa, x, Int4Groups::GROUP);
+                isa.run(MatMul { x, rows, w: w.panels::<Int4Groups>(), bias, then, out });
+            }
+        }
+    }
+}
+
+impl Inputs {
+    fn round(&mut self, isa: Isa, x: &Activations) -> Rows<'_, [bf16; 2]> {
+        let stride = x.stride() / 2;
+        grow(&mut self.pairs, x.rows * stride);
+        isa.run(RoundRows { x: x.view(), rows: x.rows, out: &mut self.pairs, stride });
+        Rows::new(&self.pairs, stride, x.columns.div_ceil(2))
+    }
+
+    fn quantise(&mut self, isa: Isa, x: &Activations, group: usize) -> Quantised<'_> {
+        let groups = x.columns.div_ceil(group);
+        let fours = groups * group / 4;
+        grow(&mut self.values, x.rows * fours);
+        grow(&mut self.scales, x.rows * groups);
+        grow(&mut self.starts, x.rows * groups);
+        let values = bytemuck::cast_slice_mut(&mut self.values);
+        let (scales, starts) = (&mut self.scales[..], &mut self.starts[..]);
+        isa.run(QuantiseRows { x: x.view(), rows: x.rows, group, values, scales, starts });
+        Quantised {
+            values: Rows::new(&self.values, fours, fours),
+            scales: Rows::new(&self.scales, groups, groups),
+            starts: Rows::new(&self.starts, groups, groups),
+        }
+    }
+}
+
+fn grow<T: Copy + Default>(values: &mut Vec<T>, len: usize) {
+    if values.len() < len {
+        values.resize(len, T::default());
+    }
+}
+
 /// Cuts units, in order, into `n` parts of about the same cost.
-fn deal<T: Element>(units: Vec<Unit<'_, T>>, n: usize) -> Vec<Vec<Unit<'_, T>>> {
+fn deal(units: Vec<Unit<'_>>, n: usize) -> Vec<Vec<Unit<'_>>> {
     let total: usize = units.iter().map(Unit::cost).sum();
-    let mut parts: Vec<Vec<Unit<'_, T>>> = (0..n).map(|_| Vec::new()).collect();
+    let mut parts: Vec<Vec<Unit<'_>>> = (0..n).map(|_| Vec::new()).collect();
     let mut before = 0;
     for unit in units {
         let cost = unit.cost();
@@ -293,12 +408,4 @@ fn norm_rows(isa: Isa, x: &Activations, (norm, eps): (&Norm, f32), out: &mut Act
     let out_stride = out.stride();
     let out = &mut out.data[..x.rows * out_stride];
     isa.run(LayerNorm { x: x.view(), weight: &norm.weight, bias: &norm.bias, eps, out, out_stride });
-}
-
-fn matmul(isa: Isa, x: &Activations, w: &Matrix, bias: &[f32], then: Then<'_>, out: Columns<'_>) {
-    let (rows, x) = (x.rows, x.view());
-    match w.dtype() {
-        Dtype::F32 => isa.run(MatMul { x, rows, w: w.panels::<f32>(), bias, then, out }),
-        Dtype::BF16 => isa.run(MatMul { x, rows, w: w.panels::<bf16>(), bias, then, out }),
-    }
 }

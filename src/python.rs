@@ -1,12 +1,13 @@
 //! The Python module `gpt2rs._core`: thin classes over the crate's own. Every call that computes releases the GIL.
 
 use crate::checkpoint::StoredType;
+use crate::config::Precision;
 use crate::error::Error;
 use crate::model::Options;
 use crate::sample::{Sample, Sampling, Scratch};
 use crate::session::{self, DecodeScratch, Proceed, Sequence};
 use crate::simd::Isa;
-use crate::weights::{Dtype, Origin};
+use crate::weights::{self, Dtype, Origin};
 use crate::{checkpoint, config, model, probe, save};
 use numpy::{
     PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn, PyUntypedArrayMethods,
@@ -172,9 +173,9 @@ impl Config {
     fn num_parameters(&self, lm_head: bool) -> u64 {
         self.0.num_parameters(lm_head)
     }
-    /// Bytes of the packed weights in `dtype` ("float32" or "bfloat16").
+    /// Bytes of the packed weights in `dtype` ("float32", "bfloat16", "int8" or "int4").
     fn memory_footprint(&self, dtype: &str) -> PyResult<u64> {
-        Ok(self.0.packed_bytes(Dtype::from_name(dtype)?.size()))
+        Ok(weights::packed_bytes(&self.0, Dtype::from_name(dtype)?))
     }
     fn __eq__(&self, other: &Config) -> bool {
         self.0 == other.0
@@ -241,6 +242,7 @@ impl Model {
         origin: Origin<'_>,
         dtype: &str,
         kv_dtype: Option<&str>,
+        precision: &str,
         n_threads: Option<usize>,
     ) -> PyResult<Model> {
         const MAX_THREADS: usize = 1024;
@@ -250,8 +252,10 @@ impl Model {
                 "n_threads is {found}; it must be in 1..={MAX_THREADS}"
             )));
         }
-        let kv_dtype = kv_dtype.map(Dtype::from_name).transpose()?;
-        let options = Options { dtype: Dtype::from_name(dtype)?, kv_dtype, n_threads, isa: None };
+        let dtype = Dtype::from_name(dtype)?;
+        let kv_dtype = kv_dtype.map(Dtype::of_cache).transpose()?;
+        let precision = Precision::from_name(precision, dtype)?;
+        let options = Options { dtype, kv_dtype, precision, n_threads, isa: None };
         Ok(Model(Arc::new(py.detach(|| model::Model::new(config.0.clone(), origin, options))?)))
     }
 }
@@ -259,28 +263,30 @@ impl Model {
 #[pymethods]
 impl Model {
     #[staticmethod]
-    #[pyo3(signature = (config, checkpoint, *, dtype, kv_dtype = None, n_threads = None))]
+    #[pyo3(signature = (config, checkpoint, *, dtype, kv_dtype = None, precision = "exact", n_threads = None))]
     fn load(
         py: Python<'_>,
         config: &Config,
         checkpoint: &Checkpoint,
         dtype: &str,
         kv_dtype: Option<&str>,
+        precision: &str,
         n_threads: Option<usize>,
     ) -> PyResult<Model> {
-        Model::make(py, config, Origin::Checkpoint(&checkpoint.0), dtype, kv_dtype, n_threads)
+        Model::make(py, config, Origin::Checkpoint(&checkpoint.0), dtype, kv_dtype, precision, n_threads)
     }
     #[staticmethod]
-    #[pyo3(signature = (config, *, seed, dtype, kv_dtype = None, n_threads = None))]
+    #[pyo3(signature = (config, *, seed, dtype, kv_dtype = None, precision = "exact", n_threads = None))]
     fn random(
         py: Python<'_>,
         config: &Config,
         seed: u64,
         dtype: &str,
         kv_dtype: Option<&str>,
+        precision: &str,
         n_threads: Option<usize>,
     ) -> PyResult<Model> {
-        Model::make(py, config, Origin::Random { seed }, dtype, kv_dtype, n_threads)
+        Model::make(py, config, Origin::Random { seed }, dtype, kv_dtype, precision, n_threads)
     }
     #[getter]
     fn config(&self) -> Config {
@@ -297,6 +303,10 @@ impl Model {
     #[getter]
     fn n_threads(&self) -> usize {
         self.0.n_threads()
+    }
+    #[getter]
+    fn precision(&self) -> &'static str {
+        self.0.precision().name()
     }
     #[getter]
     fn isa(&self) -> &'static str {

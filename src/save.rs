@@ -51,8 +51,12 @@ impl View for Tensor<'_> {
 /// Writes all weights under Hugging Face's names, matrices in the type they are held in and the rest in float32.
 ///
 /// # Errors
-/// [`Error::Io`], such as a full disk; what has been written by then stays.
+/// [`Error::Io`], such as a full disk; what has been written by then stays. [`Error::SaveQuantised`].
 pub fn save(config: &Config, weights: &Weights, path: &Path) -> Result<()> {
+    let dtype = weights.wte.dtype();
+    if !matches!(dtype, Dtype::F32 | Dtype::BF16) {
+        return Err(Error::SaveQuantised { dtype: dtype.name() });
+    }
     let mut tensors: Vec<(String, Tensor<'_>)> = Vec::new();
     let mut add = |name: String, shape: &[usize], values| {
         tensors.push((name, Tensor { shape: shape.to_vec(), values }));

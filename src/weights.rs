@@ -6,9 +6,9 @@ use crate::checkpoint::{Checkpoint, Tensor};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::mapped::{Arena, Slab};
-use crate::ops::matmul::Panels;
+use crate::ops::pairs::{Bf16, F32};
+use crate::ops::panels::{Format, Int4Groups, Int8Groups, Panels};
 use crate::philox::Normal;
-use crate::simd::Element;
 use half::bf16;
 use pack::{Planned, Values, pack_all};
 use std::collections::{BTreeMap, BTreeSet};
@@ -97,43 +97,80 @@ impl Matrix {
         self.dtype
     }
 
-    /// The packed elements.
+    /// The packed values.
     ///
     /// # Panics
-    /// When `W` is not the matrix's type.
-    pub fn panels<W: Element>(&self) -> Panels<'_, W> {
-        assert_eq!(size_of::<W>(), self.dtype.size());
-        Panels::new(bytemuck::cast_slice(self.slab.bytes()), self.k, self.n)
+    /// When `F` takes another number of bytes than the matrix's type.
+    pub fn panels<F: Format>(&self) -> Panels<'_, F> {
+        Panels::new(self.slab.bytes(), self.k, self.n)
     }
 
-    /// The elements in the order of a file, little-endian: (K, N) row-major, or (N, K) when `by_column`.
+    /// The values in the order of a file, little-endian float32 or bfloat16: (K, N) row-major, or (N, K) when
+    /// `by_column`.
     pub fn unpack(&self, by_column: bool) -> Vec<u8> {
-        fn unpack<W: Element>(w: Panels<'_, W>, by_column: bool) -> Vec<u8> {
-            let (k, n) = (w.k(), w.n());
-            let mut out = vec![W::default(); k * n];
-            for panel in 0..w.count() {
-                let columns = w.columns(panel..panel + 1);
-                for (i, row) in w.panel(panel).iter().enumerate() {
-                    if by_column {
-                        for (column, &value) in columns.clone().zip(row) {
-                            out[column * k + i] = value;
-                        }
-                    } else {
-                        out[i * n..][columns.clone()].copy_from_slice(&row[..columns.len()]);
-                    }
-                }
-            }
+        let panels = |out: &mut dyn FnMut(usize, f32)| match self.dtype {
+            Dtype::F32 => unpack(self.panels::<F32>(), by_column, out),
+            Dtype::BF16 => unpack(self.panels::<Bf16>(), by_column, out),
+            Dtype::Int8 => unpack(self.panels::<Int8Groups>(), by_column, out),
+            Dtype::Int4 => unpack(self.panels::<Int4Groups>(), by_column, out),
+        };
+        if self.dtype == Dtype::BF16 {
+            let mut out = vec![bf16::ZERO; self.k * self.n];
+            panels(&mut |i, value| out[i] = bf16::from_f32(value));
             bytemuck::cast_slice(&out).to_vec()
-        }
-        match self.dtype {
-            Dtype::F32 => unpack(self.panels::<f32>(), by_column),
-            Dtype::BF16 => unpack(self.panels::<bf16>(), by_column),
+        } else {
+            let mut out = vec![0.0; self.k * self.n];
+            panels(&mut |i, value| out[i] = value);
+            bytemuck::cast_slice(&out).to_vec()
         }
     }
 
     fn bytes(&self) -> usize {
         self.slab.bytes().len()
     }
+}
+
+fn unpack<F: Format>(w: Panels<'_, F>, by_column: bool, out: &mut dyn FnMut(usize, f32)) {
+    let (k, n) = (w.k(), w.n());
+    let mut rows = Vec::new();
+    for panel in 0..w.count() {
+        w.unpack(panel, &mut rows);
+        for (i, row) in rows.iter().enumerate() {
+            for (column, &value) in w.columns(panel).zip(row) {
+                out(if by_column { column * k + i } else { i * n + column }, value);
+            }
+        }
+    }
+}
+
+/// Bytes that a packed (k, n) matrix takes.
+fn packed_len(dtype: Dtype, k: usize, n: usize) -> usize {
+    match dtype {
+        Dtype::F32 => Panels::<F32>::packed_len(k, n),
+        Dtype::BF16 => Panels::<Bf16>::packed_len(k, n),
+        Dtype::Int8 => Panels::<Int8Groups>::packed_len(k, n),
+        Dtype::Int4 => Panels::<Int4Groups>::packed_len(k, n),
+    }
+}
+
+/// The type that matrix `name` of a model in `dtype` is held in.
+fn held_in(_config: &Config, name: &str, dtype: Dtype) -> Dtype {
+    let sensitive = name == "wte.weight" || name == "lm_head.weight";
+    if dtype == Dtype::Int4 && sensitive { Dtype::Int8 } else { dtype }
+}
+
+/// Bytes of all weights of a model in `dtype`, as [`Weights::bytes`] will count them.
+pub fn packed_bytes(config: &Config, dtype: Dtype) -> u64 {
+    let bytes = |name: &str, k, n| packed_len(held_in(config, name, dtype), k, n) as u64;
+    let head = |name| bytes(name, config.n_embd, config.n_vocab);
+    let heads = head("wte.weight") + if config.tie_word_embeddings { 0 } else { head("lm_head.weight") };
+    let blocks = (0..config.n_layer).flat_map(|i| {
+        let matrices = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"].into_iter();
+        matrices
+            .zip(config.block_matrices())
+            .map(move |(part, (k, n))| bytes(&format!("h.{i}.{part}.weight"), k, n))
+    });
+    heads + blocks.sum::<u64>() + config.vectors() * size_of::<f32>() as u64
 }
 
 /// Where the values of a model's tensors come from.
@@ -261,6 +298,7 @@ fn names(config: &Config) -> impl Iterator<Item = String> {
 
 /// First everything is found and checked and the matrices' places are laid out, then they are filled.
 struct Builder<'a, F> {
+    config: &'a Config,
     values: F,
     dtype: Dtype,
     planned: Vec<Planned<'a>>,
@@ -271,8 +309,8 @@ struct Builder<'a, F> {
 struct Place(usize);
 
 impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
-    fn build(config: &Config, dtype: Dtype, n_threads: usize, values: F) -> Result<Weights> {
-        let mut builder = Builder { values, dtype, planned: Vec::new(), end: 0 };
+    fn build(config: &'a Config, dtype: Dtype, n_threads: usize, values: F) -> Result<Weights> {
+        let mut builder = Builder { config, values, dtype, planned: Vec::new(), end: 0 };
         let (c, v) = (config.n_embd, config.n_vocab);
         let wte = builder.embedding("wte.weight", c, v)?;
         let wpe = (builder.values)("wpe.weight", &[config.n_ctx, c])?.vector(config.n_ctx * c, c)?;
@@ -323,7 +361,7 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
         let values = (self.values)(&format!("{name}.weight"), &[k, n])?;
         let by_column = matches!(values, Values::Tensor(tensor) if tensor.transposed());
         let bias = (self.values)(&format!("{name}.bias"), &[n])?.vector(n, 1)?;
-        Ok((self.plan(values, k, n, by_column), bias))
+        Ok((self.plan(&format!("{name}.weight"), values, k, n, by_column), bias))
     }
 
     /// A (V, C) embedding, whose rows are the columns of the head's (C, V) matrix.
@@ -332,31 +370,27 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
         if matches!(values, Values::Tensor(tensor) if tensor.transposed()) {
             return Err(Error::TransposedEmbedding { name: name.to_owned() });
         }
-        Ok(self.plan(values, c, v, true))
+        Ok(self.plan(name, values, c, v, true))
     }
 
-    fn plan(&mut self, values: Values<'a>, k: usize, n: usize, by_column: bool) -> Place {
-        self.planned.push(Planned { values, k, n, by_column, start: self.end });
-        self.end += Panels::<f32>::packed_len(k, n) * self.dtype.size();
+    fn plan(&mut self, name: &str, values: Values<'a>, k: usize, n: usize, by_column: bool) -> Place {
+        let dtype = held_in(self.config, name, self.dtype);
+        self.planned.push(Planned { values, k, n, by_column, dtype, start: self.end });
+        self.end += packed_len(dtype, k, n);
         Place(self.planned.len() - 1)
     }
 
     fn fill(self, n_threads: usize) -> Result<Vec<Matrix>> {
         let mut arena =
             Arena::new(self.end).map_err(|source| Error::OutOfMemory { bytes: self.end, source })?;
-        match self.dtype {
-            Dtype::F32 => pack_all::<f32>(&self.planned, arena.bytes_mut(), n_threads)?,
-            Dtype::BF16 => pack_all::<bf16>(&self.planned, arena.bytes_mut(), n_threads)?,
-        }
+        pack_all(&self.planned, arena.bytes_mut(), n_threads)?;
         let arena = arena.freeze();
-        let (dtype, end) = (self.dtype, self.end);
-        let ends = self.planned.iter().skip(1).map(|planned| planned.start).chain([end]);
-        let matrix = |(planned, end): (&Planned<'_>, usize)| Matrix {
-            slab: Slab::new(&arena, planned.start..end),
-            k: planned.k,
-            n: planned.n,
+        let matrix = |&Planned { k, n, dtype, start, .. }: &Planned<'_>| Matrix {
+            slab: Slab::new(&arena, start..start + packed_len(dtype, k, n)),
+            k,
+            n,
             dtype,
         };
-        Ok(self.planned.iter().zip(ends).map(matrix).collect())
+        Ok(self.planned.iter().map(matrix).collect())
     }
 }

@@ -90,11 +90,18 @@ class Model:
         *,
         dtype: str,
         kv_dtype: str | None = None,
+        precision: str = "exact",
         n_threads: int | None = None,
     ) -> Model: ...
     @staticmethod
     def random(
-        config: Config, *, seed: int, dtype: str, kv_dtype: str | None = None, n_threads: int | None = None
+        config: Config,
+        *,
+        seed: int,
+        dtype: str,
+        kv_dtype: str | None = None,
+        precision: str = "exact",
+        n_threads: int | None = None,
     ) -> Model: ...
     @property
     def config(self) -> Config: ...
@@ -102,6 +109,8 @@ class Model:
     def dtype(self) -> str: ...
     @property
     def kv_dtype(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
     @property
     def n_threads(self) -> int: ...
     @property

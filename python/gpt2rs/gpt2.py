@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from . import _core, scoring
+from .build import Build
 from .generation import Text, write
 from .prompts import encode, is_batch
 from .results import NO_TOKENIZER, Result, Score
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
     from .checkpoints import ConfigLike
     from .prompts import Prompt, Tokens
-
-_DTYPES = ("float32", "bfloat16")
 
 
 class GPT2:
@@ -55,6 +54,7 @@ class GPT2:
         *,
         dtype: Any = None,
         kv_dtype: Any = None,
+        precision: str = "exact",
         device: str = "cpu",
         n_threads: int | None = None,
         config: ConfigLike | None = None,
@@ -69,9 +69,13 @@ class GPT2:
         name_or_path: Hugging Face's folders and safetensors files, one or sharded; PyTorch's `.bin`, `.pt`
             and `.pth` (transformers', nanoGPT's, and the textbooks' names), of which no code is run; llm.c's
             `.bin`.
-        dtype: how the weights are held, "float32" or "bfloat16"; None keeps bfloat16 files and makes float32
-            of others.
-        kv_dtype: the same for keys and values; None: that of the weights.
+        dtype: how the weights are held: "float32", "bfloat16", "int8" (groups of 64 with a scale, 8.25 bits a
+            weight) or "int4" (groups of 32, 4.5 bits a weight; the embedding stays int8).  None keeps
+            bfloat16 files and makes float32 of others.
+        kv_dtype: the same for keys and values: "float32", "bfloat16" or "int8"; None: that of the weights,
+            int8 beside int4.
+        precision: "exact", or "fast": activations are rounded to bfloat16 where they meet bfloat16 weights,
+            keys and values, which makes prompts and batches faster on processors with AVX-512 BF16.
         device: "cpu", or "auto".
         n_threads: None: as many as the machine has cores for this process and the model profits from.
         config: for a file without one: a `Config`, a preset's name, a dict, or a config.json's path or text.
@@ -83,7 +87,7 @@ class GPT2:
         """
         from .checkpoints import open_checkpoint
 
-        build = _Build(dtype, kv_dtype, device, n_threads)
+        build = Build(dtype, kv_dtype, precision, device, n_threads)
         source = open_checkpoint(
             name_or_path,
             config=config,
@@ -103,6 +107,7 @@ class GPT2:
         n_head: int,
         dtype: Any = None,
         kv_dtype: Any = None,
+        precision: str = "exact",
         device: str = "cpu",
         n_threads: int | None = None,
         **config: Any,
@@ -120,7 +125,7 @@ class GPT2:
         """
         from .checkpoints import from_params
 
-        build = _Build(dtype, kv_dtype, device, n_threads)
+        build = Build(dtype, kv_dtype, precision, device, n_threads)
         source = from_params(params, n_head=n_head, **config)
         return cls(build.load(source.config, source.checkpoint, source.stored_dtype))
 
@@ -132,6 +137,7 @@ class GPT2:
         seed: int = 0,
         dtype: Any = None,
         kv_dtype: Any = None,
+        precision: str = "exact",
         device: str = "cpu",
         n_threads: int | None = None,
     ) -> GPT2:
@@ -145,7 +151,7 @@ class GPT2:
         """
         from .checkpoints import as_config
 
-        build = _Build(dtype, kv_dtype, device, n_threads)
+        build = Build(dtype, kv_dtype, precision, device, n_threads)
         return cls(build.random(as_config(config), check_count("seed", seed)))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -167,13 +173,18 @@ class GPT2:
 
     @property
     def dtype(self) -> str:
-        """How weights are held: "float32" or "bfloat16"."""
+        """How weights are held: "float32", "bfloat16", "int8" or "int4"."""
         return self._core.dtype
 
     @property
     def kv_dtype(self) -> str:
-        """How keys and values are held: "float32" or "bfloat16"."""
+        """How keys and values are held: "float32", "bfloat16" or "int8"."""
         return self._core.kv_dtype
+
+    @property
+    def precision(self) -> str:
+        """How exactly activations enter products: "exact" or "fast"."""
+        return self._core.precision
 
     @property
     def device(self) -> str:
@@ -187,7 +198,8 @@ class GPT2:
 
     @property
     def isa(self) -> str:
-        """The instruction set in use: "portable", "avx2" or "avx512" (GPT2RS_ISA forces one)."""
+        """The instruction set in use: "portable", "avx2", "avxvnni", "avx512", "avx512vnni" or "avx512bf16"
+        (GPT2RS_ISA forces one)."""
         return self._core.isa
 
     @cached_property
@@ -354,45 +366,3 @@ class GPT2:
 
     def _stop_decoder(self, settings: Settings) -> TextDecoder | None:
         return TextDecoder(self._need_tokenizer(), settings.stop_strings) if settings.stop_strings else None
-
-
-class _Build:
-    """How a core model is to be built, checked before anything is read."""
-
-    def __init__(self, dtype: Any, kv_dtype: Any, device: str, n_threads: int | None) -> None:
-        self.dtype = None if dtype is None else _dtype_name("dtype", dtype)
-        self.kv_dtype = None if kv_dtype is None else _dtype_name("kv_dtype", kv_dtype)
-        self.n_threads = None if n_threads is None else check_count("n_threads", n_threads)
-        if self.n_threads == 0:
-            raise ValueError("n_threads is 0; it must be at least 1, or None to choose")
-        _check_device(device)
-
-    def load(self, config: _core.Config, checkpoint: _core.Checkpoint, stored_dtype: str) -> _core.Model:
-        dtype = self.dtype or ("bfloat16" if stored_dtype == "bfloat16" else "float32")
-        return _core.Model.load(
-            config, checkpoint, dtype=dtype, kv_dtype=self.kv_dtype, n_threads=self.n_threads
-        )
-
-    def random(self, config: _core.Config, seed: int) -> _core.Model:
-        return _core.Model.random(
-            config, seed=seed, dtype=self.dtype or "float32", kv_dtype=self.kv_dtype, n_threads=self.n_threads
-        )
-
-
-def _dtype_name(name: str, dtype: Any) -> str:
-    try:
-        given = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    except TypeError:
-        given = repr(dtype)
-    if given not in _DTYPES:
-        raise ValueError(f'{name} is {given!r}; it must be "float32" or "bfloat16"')
-    return given
-
-
-def _check_device(device: str) -> None:
-    if not isinstance(device, str):
-        raise ValueError(f'device is {device!r}; it must be "cpu" or "auto"')
-    if device.split(":")[0] == "cuda":
-        raise RuntimeError(f"device is {device!r}, and this build has the CPU engine only")
-    if device not in ("cpu", "auto"):
-        raise ValueError(f'device is {device!r}; it must be "cpu" or "auto"')

@@ -1,17 +1,23 @@
 //! Causal attention over a cache of blocks.
 //!
-//! A block holds [`BLOCK`] positions of one head: keys as (HS, 16), so that a lane is a position, then values as
-//! (16, HS padded to whole registers), so that a lane is a channel. Queries go over the cache in runs of [`RUN`]
-//! positions counted from position 0: each run gives (max, sum, weighted values), merged in ascending order as in
-//! FlashAttention (Dao et al., arXiv:2205.14135). One query or many, whichever thread: the same operations.
+//! A block holds [`BLOCK`] positions of one head in steps of [`super::pairs`]: keys two channels at a time, a lane being a
+//! position; then values two positions at a time, a lane being a channel; then, for int8, a scale for each position's key
+//! and value. Queries go over the cache in runs of [`RUN`] positions counted from position 0: each run gives (max, sum,
+//! weighted values), merged in ascending order as in FlashAttention (Dao et al., arXiv:2205.14135). One query or many,
+//! whichever thread: the same operations.
 
 // Tiles of registers are arrays indexed by constants: iterators over them hide that from whoever reads, and from LLVM.
 #![allow(clippy::needless_range_loop)]
 
 use super::Rows;
+use super::pairs::{Bf16, Bf16Dots, F32, Int8, Pairs};
+use super::round::{quantised, rounded};
 use super::softmax::exp_lanes;
 use crate::pool::Columns;
-use crate::simd::{Element, Kernel, LANES, Simd, store_partial};
+use crate::simd::{Kernel, LANES, Simd, store_partial};
+use bytemuck::Zeroable;
+use half::bf16;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Positions of a block.
@@ -19,30 +25,150 @@ pub const BLOCK: usize = LANES;
 /// Positions whose weights are summed before they are merged with those before.
 pub const RUN: usize = 64;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// Queries of a head that share a pass over a run's keys and values.
 const TILE: usize = 6;
 /// Queries whose state stays in the first-level cache beside a run.
 const QUERIES: usize = 8 * TILE;
 
-/// Elements of a block of one head of size `hs`.
-pub fn block_len(hs: usize) -> usize {
-    hs * BLOCK + BLOCK * hs.next_multiple_of(LANES)
+/// How a cache holds keys and values.
+pub trait Cached: Pairs {
+    /// An element.
+    type Element: bytemuck::Pod;
+    /// Whether a position's key and value have a scale each.
+    const SCALED: bool;
+    /// Where the first and the second row are in a step, and how far a lane is from the next.
+    const PLACES: ([usize; 2], usize);
+    /// The elements of a vector, and their scale.
+    fn store<S: Simd>(simd: S, x: &[f32], out: &mut [Self::Element]) -> f32;
 }
 
-/// Writes the key and the value (HS each) of position `slot` of a block.
-pub fn append<T: Element>(block: &mut [T], slot: usize, key: &[f32], value: &[f32]) {
-    let (keys, values) = block.split_at_mut(key.len() * BLOCK);
-    for (row, &key) in keys.chunks_exact_mut(BLOCK).zip(key) {
-        row[slot] = T::from_f32(key);
+impl Cached for F32 {
+    type Element = f32;
+    const SCALED: bool = false;
+    const PLACES: ([usize; 2], usize) = ([0, LANES], 1);
+
+    #[inline(always)]
+    fn store<S: Simd>(_: S, x: &[f32], out: &mut [f32]) -> f32 {
+        out.copy_from_slice(x);
+        1.0
     }
-    let row = value.len().next_multiple_of(LANES);
-    for (out, &value) in values[slot * row..].iter_mut().zip(value) {
-        *out = T::from_f32(value);
+}
+
+macro_rules! cached_bf16 {
+    ($($pairs:ty),+) => {
+        $(impl Cached for $pairs {
+            type Element = bf16;
+            const SCALED: bool = false;
+            const PLACES: ([usize; 2], usize) = ([1, 0], 2);
+
+            #[inline(always)]
+            fn store<S: Simd>(simd: S, x: &[f32], out: &mut [bf16]) -> f32 {
+                rounded(simd, x, out);
+                1.0
+            }
+        })+
+    };
+}
+
+cached_bf16!(Bf16, Bf16Dots);
+
+impl Cached for Int8 {
+    type Element = i8;
+    const SCALED: bool = true;
+    const PLACES: ([usize; 2], usize) = ([0, 1], 2);
+
+    #[inline(always)]
+    fn store<S: Simd>(simd: S, x: &[f32], out: &mut [i8]) -> f32 {
+        quantised(simd, x, out)
+    }
+}
+
+/// Where the parts of a block of one head are, in bytes: keys from the start, then values, then scales.
+#[derive(Clone, Copy)]
+struct Layout {
+    values: usize,
+    scales: usize,
+    end: usize,
+}
+
+impl Layout {
+    #[inline(always)]
+    fn of<P: Cached>(hs: usize) -> Layout {
+        let step = size_of::<P::Step>();
+        // Whole cache lines each.
+        let values = (hs.div_ceil(2) * step).next_multiple_of(LINE);
+        let scales = values + BLOCK / 2 * hs.div_ceil(LANES) * step;
+        let scaled = if P::SCALED { 2 * BLOCK * size_of::<f32>() } else { 0 };
+        Layout { values, scales, end: (scales + scaled).next_multiple_of(LINE) }
+    }
+}
+
+/// Bytes of a block of one head of size `hs`: whole cache lines. It must be zero when it is first used.
+pub fn block_bytes<P: Cached>(hs: usize) -> usize {
+    Layout::of::<P>(hs).end
+}
+
+/// Writes the keys and the values of consecutive positions of one head.
+pub struct Append<'a, 'b, P> {
+    /// (rows, HS).
+    pub keys: Rows<'a>,
+    /// (rows, HS).
+    pub values: Rows<'a>,
+    /// How many rows.
+    pub rows: usize,
+    /// The first one's place, counted from the first of `blocks`.
+    pub first: usize,
+    /// The head's blocks that are written.
+    pub blocks: &'a mut [&'b mut [u8]],
+    /// How they hold it.
+    pub cached: PhantomData<P>,
+}
+
+impl<P: Cached> Kernel for Append<'_, '_, P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let hs = self.keys.columns();
+        let width = hs.next_multiple_of(LANES);
+        let layout = Layout::of::<P>(hs);
+        let ([first, second], gap) = P::PLACES;
+        let step = size_of::<P::Step>() / size_of::<P::Element>();
+        let mut stored = vec![P::Element::zeroed(); hs];
+        for row in 0..self.rows {
+            let (block, slot) = ((self.first + row) / BLOCK, (self.first + row) % BLOCK);
+            let (keys, rest) = self.blocks[block].split_at_mut(layout.values);
+            let (values, scales) = rest.split_at_mut(layout.scales - layout.values);
+            let keys: &mut [P::Element] = bytemuck::cast_slice_mut(keys);
+            let values: &mut [P::Element] = bytemuck::cast_slice_mut(values);
+            let key_scale = P::store(simd, self.keys.row(row), &mut stored);
+            for (channels, step) in stored.chunks(2).zip(keys.chunks_exact_mut(step)) {
+                step[first + gap * slot] = channels[0];
+                if let [_, channel] = channels {
+                    step[second + gap * slot] = *channel;
+                }
+            }
+            let value_scale = P::store(simd, self.values.row(row), &mut stored);
+            let place = if slot % 2 == 0 { first } else { second };
+            let steps = values[slot / 2 * 2 * width..].chunks_exact_mut(step);
+            for (channels, step) in stored.chunks(LANES).zip(steps) {
+                for (lane, &channel) in channels.iter().enumerate() {
+                    step[place + gap * lane] = channel;
+                }
+            }
+            if P::SCALED {
+                let scales: &mut [f32] = bytemuck::cast_slice_mut(scales);
+                (scales[slot], scales[BLOCK + slot]) = (key_scale, value_scale);
+            }
+        }
     }
 }
 
 /// `out = softmax(scale q k^T, causal) v` for queries of one head of one sequence.
-pub struct Attention<'a, T> {
+pub struct Attention<'a, P> {
     /// (rows, HS): the queries, at consecutive positions.
     pub q: Rows<'a>,
     /// How many queries.
@@ -50,13 +176,23 @@ pub struct Attention<'a, T> {
     /// The first one's position.
     pub position: usize,
     /// The head's blocks from position 0 on, the queries' own positions included.
-    pub blocks: &'a [&'a [T]],
+    pub blocks: &'a [&'a [u8]],
+    /// How they hold keys and values.
+    pub cached: PhantomData<P>,
     /// Multiplies the scores.
     pub scale: f32,
     /// (rows, HS).
     pub out: Columns<'a>,
-    /// Room for sums; grows to what is needed.
-    pub scratch: &'a mut Vec<f32>,
+    /// Room for sums and inputs; grows to what is needed.
+    pub scratch: &'a mut Scratch,
+}
+
+/// What attention needs beside its arguments.
+#[derive(Default)]
+pub struct Scratch {
+    floats: Vec<f32>,
+    /// Queries as inputs, of any type.
+    queries: Vec<u64>,
 }
 
 /// What the runs so far have given a query; its weighted values are in the scratch.
@@ -66,18 +202,36 @@ struct Merged {
     sum: f32,
 }
 
-impl<T: Element> Kernel for Attention<'_, T> {
+/// A pass's queries in the type that the cache is multiplied with.
+#[derive(Clone, Copy)]
+struct Queries<'a, X> {
+    /// (rows, HS / 2 rounded up).
+    inputs: &'a [X],
+    /// (rows,).
+    scales: &'a [f32; QUERIES],
+}
+
+impl<P: Cached> Kernel for Attention<'_, P> {
     type Output = ();
+    const DOTS: bool = P::DOTS;
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
         let hs = self.q.columns();
         let width = hs.next_multiple_of(LANES);
-        let mut values = std::mem::take(self.scratch);
-        values.resize((QUERIES + TILE) * width, 0.0);
-        let (sums, room) = values.split_at_mut(QUERIES * width);
+        let pairs = hs.div_ceil(2);
+        let Scratch { mut floats, mut queries } = std::mem::take(self.scratch);
+        floats.resize((QUERIES + TILE) * width, 0.0);
+        queries.resize((QUERIES * pairs * size_of::<P::X>()).div_ceil(size_of::<u64>()), 0);
+        let (sums, room) = floats.split_at_mut(QUERIES * width);
         for first in (0..self.rows).step_by(QUERIES) {
             let count = QUERIES.min(self.rows - first);
+            let inputs: &mut [P::X] = bytemuck::cast_slice_mut(&mut queries);
+            let mut scales = [0.0; QUERIES];
+            for row in 0..count {
+                scales[row] =
+                    P::inputs(simd, self.q.row(first + row), &mut inputs[row * pairs..(row + 1) * pairs]);
+            }
             let mut merged = [Merged { max: f32::NEG_INFINITY, sum: 0.0 }; QUERIES];
             sums.fill(0.0);
             let position = self.position + first;
@@ -89,12 +243,13 @@ impl<T: Element> Kernel for Attention<'_, T> {
                     let taken = if row + TILE <= count { TILE } else { 1 };
                     let state =
                         (&mut merged[row..row + taken], &mut sums[row * width..(row + taken) * width]);
+                    let queries = Queries { inputs: &*inputs, scales: &scales };
                     if taken == TILE {
-                        self.tile::<S, TILE, false>(simd, first + row, run, visible, state, room);
+                        self.tile::<S, TILE, false>(simd, queries, row, run, visible, state, room);
                     } else if self.rows == 1 {
-                        self.tile::<S, 1, true>(simd, first + row, run, visible, state, room);
+                        self.tile::<S, 1, true>(simd, queries, row, run, visible, state, room);
                     } else {
-                        self.tile::<S, 1, false>(simd, first + row, run, visible, state, room);
+                        self.tile::<S, 1, false>(simd, queries, row, run, visible, state, room);
                     }
                     row += taken;
                 }
@@ -107,23 +262,26 @@ impl<T: Element> Kernel for Attention<'_, T> {
                 }
             }
         }
-        *self.scratch = values;
+        *self.scratch = Scratch { floats, queries };
     }
 }
 
-impl<T: Element> Attention<'_, T> {
+impl<P: Cached> Attention<'_, P> {
     /// `N` queries from `row` on, of which the first sees `visible` positions from the run's start, the next one more,
     /// against that run; merged into their state. A query alone (`STREAM`) asks for the next run ahead.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
     fn tile<S: Simd, const N: usize, const STREAM: bool>(
         &self,
         simd: S,
+        queries: Queries<'_, P::X>,
         row: usize,
         run: usize,
         visible: usize,
         (merged, sums): (&mut [Merged], &mut [f32]),
         room: &mut [f32],
     ) {
+        let layout = Layout::of::<P>(self.q.columns());
         let blocks = &self.blocks[run * RUN / BLOCK..self.blocks.len().min((run + 1) * RUN / BLOCK)];
         // After a head's last run comes the next head's first, which lies behind this head's in the same blocks.
         let mut ahead = [std::ptr::null(); RUN / BLOCK];
@@ -134,28 +292,44 @@ impl<T: Element> Attention<'_, T> {
         }
         let mut weights = [[0.0; RUN]; N];
         if S::WIDE {
-            self.scores::<S, N, 0, 4, STREAM>(simd, row, blocks, &ahead, &mut weights);
+            self.scores::<S, N, 0, 4, STREAM>(simd, queries, row, blocks, &ahead, &mut weights);
         } else {
-            self.scores::<S, N, 0, 1, STREAM>(simd, row, blocks, &ahead, &mut weights);
-            self.scores::<S, N, 1, 1, STREAM>(simd, row, blocks, &ahead, &mut weights);
-            self.scores::<S, N, 2, 1, STREAM>(simd, row, blocks, &ahead, &mut weights);
-            self.scores::<S, N, 3, 1, STREAM>(simd, row, blocks, &ahead, &mut weights);
+            self.scores::<S, N, 0, 1, STREAM>(simd, queries, row, blocks, &ahead, &mut weights);
+            self.scores::<S, N, 1, 1, STREAM>(simd, queries, row, blocks, &ahead, &mut weights);
+            self.scores::<S, N, 2, 1, STREAM>(simd, queries, row, blocks, &ahead, &mut weights);
+            self.scores::<S, N, 3, 1, STREAM>(simd, queries, row, blocks, &ahead, &mut weights);
         }
         let mut run_max = [0.0; N];
         let mut run_sum = [0.0; N];
-        for (r, weights) in weights.iter_mut().enumerate() {
-            weights[RUN.min(visible + r)..].fill(f32::NEG_INFINITY);
-            (run_max[r], run_sum[r]) = softmax_run(simd, weights);
+        for r in 0..N {
+            weights[r][RUN.min(visible + r)..].fill(f32::NEG_INFINITY);
+            (run_max[r], run_sum[r]) = softmax_run(simd, &mut weights[r]);
         }
 
+        let mut inputs = [[P::X::zeroed(); RUN / 2]; N];
+        let mut input_scales = [1.0; N];
+        for r in 0..N {
+            if P::SCALED {
+                for (b, block) in blocks.iter().enumerate() {
+                    let scales: &[[f32; BLOCK]] = bytemuck::cast_slice(&block[layout.scales..]);
+                    let weights = &mut weights[r].as_chunks_mut::<LANES>().0[b];
+                    let scaled = simd.mul(simd.load(weights), simd.load(&scales[1]));
+                    simd.store(scaled, weights);
+                }
+                // A scale that was not written may be anything.
+                weights[r][RUN.min(visible + r)..].fill(0.0);
+            }
+            input_scales[r] = P::inputs(simd, &weights[r], &mut inputs[r]);
+        }
         let width = sums.len() / N;
-        let all_see = visible.min(RUN);
-        self.values::<S, N, STREAM>(simd, blocks, &weights, 0..all_see, &ahead, room);
+        // Whole steps: a chain must not depend on where another query's ends.
+        let all_see = visible.min(RUN) / 2 * 2;
+        self.values::<S, N, STREAM>(simd, blocks, &inputs, 0..all_see, &ahead, room);
         // What only the later queries see; a position that a query does not see may not even be multiplied by zero.
-        for r in 1..N {
+        for r in 0..N {
             let more = all_see..RUN.min(visible + r);
             let room = &mut room[r * width..(r + 1) * width];
-            self.values::<S, 1, false>(simd, blocks, &[weights[r]], more, &ahead, room);
+            self.values::<S, 1, false>(simd, blocks, &[inputs[r]], more, &ahead, room);
         }
 
         // Both factors of all rows by one exponential: that of the old sums in lane r, of the run's in lane r + 8.
@@ -170,9 +344,10 @@ impl<T: Element> Attention<'_, T> {
         for r in 0..N {
             let (old, new) = (factors[r], factors[r + 8]);
             merged[r].sum = merged[r].sum.mul_add(old, run_sum[r] * new);
+            let new = new * input_scales[r];
             let sums = sums[r * width..(r + 1) * width].as_chunks_mut().0;
             for (sum, value) in sums.iter_mut().zip(room[r * width..].as_chunks().0) {
-                let value = simd.mul(simd.load(value), simd.splat(new));
+                let value = simd.mul(P::finish(simd, P::resume(simd, value)), simd.splat(new));
                 simd.store(simd.fma(simd.load(sum), simd.splat(old), value), sum);
             }
         }
@@ -183,41 +358,55 @@ impl<T: Element> Attention<'_, T> {
     fn scores<S: Simd, const N: usize, const B0: usize, const NB: usize, const STREAM: bool>(
         &self,
         simd: S,
+        queries: Queries<'_, P::X>,
         row: usize,
-        blocks: &[&[T]],
-        ahead: &[*const T; RUN / BLOCK],
+        blocks: &[&[u8]],
+        ahead: &[*const u8; RUN / BLOCK],
         weights: &mut [[f32; RUN]; N],
     ) {
         let hs = self.q.columns();
+        let layout = Layout::of::<P>(hs);
+        let pairs = hs.div_ceil(2);
         // A block that does not exist yet stands for positions that no query sees: any keys will do.
-        let mut k = [&[][..]; NB];
+        let mut block = [&[][..]; NB];
+        let mut k: [&[P::Step]; NB] = [&[][..]; NB];
         for b in 0..NB {
-            k[b] = &blocks.get(B0 + b).unwrap_or(&blocks[0])[..hs * BLOCK].as_chunks::<BLOCK>().0[..hs];
+            block[b] = blocks.get(B0 + b).unwrap_or(&blocks[0]);
+            k[b] = bytemuck::cast_slice(&block[b][..pairs * size_of::<P::Step>()]);
         }
         let mut q = [&[][..]; N];
         for r in 0..N {
-            q[r] = &self.q.row(row + r)[..hs];
+            q[r] = &queries.inputs[(row + r) * pairs..(row + r + 1) * pairs];
         }
-        let mut acc = [[simd.splat(0.0); NB]; N];
-        for d in 0..hs {
-            let mut lanes = [simd.splat(0.0); NB];
-            for b in 0..NB {
-                lanes[b] = T::load(simd, &k[b][d]);
-                if STREAM {
-                    simd.prefetch_l2(ahead[B0 + b].wrapping_add(d * BLOCK));
+        let mut acc = [[P::zero(simd); NB]; N];
+        for d in 0..pairs {
+            if STREAM {
+                for b in 0..NB {
+                    ask::<S, P::Step>(simd, ahead[B0 + b], d);
                 }
             }
-            for r in 0..N {
-                let value = simd.splat(q[r][d]);
+            for turn in 0..P::TURNS {
+                let mut lanes = [P::zero(simd); NB];
                 for b in 0..NB {
-                    acc[r][b] = simd.fma(value, lanes[b], acc[r][b]);
+                    lanes[b] = P::lanes(simd, &k[b][d], turn);
+                }
+                for r in 0..N {
+                    for b in 0..NB {
+                        acc[r][b] = P::add(simd, acc[r][b], lanes[b], q[r][d], turn);
+                    }
                 }
             }
         }
         for r in 0..N {
+            let scale = simd.splat(self.scale * queries.scales[row + r]);
             let (weights, _) = weights[r].as_chunks_mut::<LANES>();
             for b in 0..NB {
-                simd.store(simd.mul(acc[r][b], simd.splat(self.scale)), &mut weights[B0 + b]);
+                let mut score = simd.mul(P::finish(simd, acc[r][b]), scale);
+                if P::SCALED {
+                    let scales: &[[f32; BLOCK]] = bytemuck::cast_slice(&block[b][layout.scales..]);
+                    score = simd.mul(score, simd.load(&scales[0]));
+                }
+                simd.store(score, &mut weights[B0 + b]);
             }
         }
     }
@@ -227,79 +416,105 @@ impl<T: Element> Attention<'_, T> {
     fn values<S: Simd, const N: usize, const STREAM: bool>(
         &self,
         simd: S,
-        blocks: &[&[T]],
-        weights: &[[f32; RUN]; N],
+        blocks: &[&[u8]],
+        inputs: &[[P::X; RUN / 2]; N],
         positions: Range<usize>,
-        ahead: &[*const T; RUN / BLOCK],
+        ahead: &[*const u8; RUN / BLOCK],
         room: &mut [f32],
     ) {
-        let width = self.q.columns().next_multiple_of(LANES);
-        let mut channel = 0;
-        while channel < width && !positions.is_empty() {
+        let registers = self.q.columns().div_ceil(LANES);
+        let mut register = 0;
+        while register < registers {
             let positions = positions.clone();
-            if S::WIDE && channel + 4 * LANES <= width {
-                self.channels::<S, N, 4, STREAM>(simd, blocks, weights, positions, channel, ahead, room);
-                channel += 4 * LANES;
+            if S::WIDE && register + 4 <= registers {
+                self.channels::<S, N, 4, STREAM>(simd, blocks, inputs, positions, register, ahead, room);
+                register += 4;
             } else {
-                self.channels::<S, N, 1, STREAM>(simd, blocks, weights, positions, channel, ahead, room);
-                channel += LANES;
+                self.channels::<S, N, 1, STREAM>(simd, blocks, inputs, positions, register, ahead, room);
+                register += 1;
             }
         }
     }
 
-    /// The same for `NV` registers of channels: chains over the positions ascending.
+    /// The same for `NV` registers of channels from `register` on: chains over the positions ascending.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
     fn channels<S: Simd, const N: usize, const NV: usize, const STREAM: bool>(
         &self,
         simd: S,
-        blocks: &[&[T]],
-        weights: &[[f32; RUN]; N],
+        blocks: &[&[u8]],
+        inputs: &[[P::X; RUN / 2]; N],
         positions: Range<usize>,
-        channel: usize,
-        ahead: &[*const T; RUN / BLOCK],
+        register: usize,
+        ahead: &[*const u8; RUN / BLOCK],
         room: &mut [f32],
     ) {
         let hs = self.q.columns();
-        let width = hs.next_multiple_of(LANES);
-        let mut acc = [[simd.splat(0.0); NV]; N];
+        let layout = Layout::of::<P>(hs);
+        let registers = hs.div_ceil(LANES);
+        let mut acc = [[P::zero(simd); NV]; N];
         if positions.start > 0 {
             for r in 0..N {
-                let (room, _) = room[r * width + channel..][..NV * LANES].as_chunks::<LANES>();
+                let (room, _) = room[(r * registers + register) * LANES..].as_chunks::<LANES>();
                 for j in 0..NV {
-                    acc[r][j] = simd.load(&room[j]);
+                    acc[r][j] = P::resume(simd, &room[j]);
                 }
             }
         }
         for b in positions.start / BLOCK..positions.end.div_ceil(BLOCK) {
-            let slots =
-                positions.start.max(b * BLOCK) - b * BLOCK..positions.end.min((b + 1) * BLOCK) - b * BLOCK;
-            let values = &blocks[b][hs * BLOCK..][..width * BLOCK];
-            for slot in slots {
-                let (row, _) = values[slot * width + channel..][..NV * LANES].as_chunks::<LANES>();
-                let mut lanes = [simd.splat(0.0); NV];
-                for j in 0..NV {
-                    lanes[j] = T::load(simd, &row[j]);
-                    if STREAM {
-                        simd.prefetch_l2(
-                            ahead[b].wrapping_add(hs * BLOCK + slot * width + channel + j * LANES),
+            let first = (positions.start.max(b * BLOCK) - b * BLOCK) / 2;
+            let end = positions.end.min((b + 1) * BLOCK) - b * BLOCK;
+            let values: &[P::Step] = bytemuck::cast_slice(&blocks[b][layout.values..layout.scales]);
+            for pair in first..end / 2 {
+                let steps = &values[pair * registers + register..][..NV];
+                if STREAM {
+                    for j in 0..NV {
+                        ask::<S, P::Step>(
+                            simd,
+                            ahead[b].wrapping_add(layout.values),
+                            pair * registers + register + j,
                         );
                     }
                 }
-                for r in 0..N {
-                    let weight = simd.splat(weights[r][b * BLOCK + slot]);
+                for turn in 0..P::TURNS {
+                    let mut lanes = [P::zero(simd); NV];
                     for j in 0..NV {
-                        acc[r][j] = simd.fma(weight, lanes[j], acc[r][j]);
+                        lanes[j] = P::lanes(simd, &steps[j], turn);
+                    }
+                    for r in 0..N {
+                        let x = inputs[r][b * (BLOCK / 2) + pair];
+                        for j in 0..NV {
+                            acc[r][j] = P::add(simd, acc[r][j], lanes[j], x, turn);
+                        }
+                    }
+                }
+            }
+            if end % 2 == 1 {
+                let steps = &values[end / 2 * registers + register..][..NV];
+                for r in 0..N {
+                    let x = inputs[r][b * (BLOCK / 2) + end / 2];
+                    for j in 0..NV {
+                        acc[r][j] = P::add(simd, acc[r][j], P::first(simd, &steps[j]), x, 0);
                     }
                 }
             }
         }
         for r in 0..N {
-            let (room, _) = room[r * width + channel..][..NV * LANES].as_chunks_mut::<LANES>();
+            let (room, _) = room[(r * registers + register) * LANES..].as_chunks_mut::<LANES>();
             for j in 0..NV {
-                simd.store(acc[r][j], &mut room[j]);
+                P::save(simd, acc[r][j], &mut room[j]);
             }
         }
+    }
+}
+
+/// Asks for the cache lines that begin in step `index` from `address` on.
+#[inline(always)]
+fn ask<S: Simd, T>(simd: S, address: *const u8, index: usize) {
+    let mut offset = (index * size_of::<T>()).next_multiple_of(LINE);
+    while offset < (index + 1) * size_of::<T>() {
+        simd.prefetch_l2(address.wrapping_add(offset));
+        offset += LINE;
     }
 }
 

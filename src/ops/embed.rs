@@ -1,16 +1,23 @@
 //! Token and position embeddings: `x = wte[token] + wpe[position]`.
 
-use super::matmul::{NR, Panels};
-use crate::simd::Element;
+use super::panels::{Format, NR, Panels};
 
 /// Row `token` of the (V, C) embedding that is packed as the LM head's (C, V) matrix, plus `wpe`'s row of C values.
 ///
 /// # Panics
 /// When the token is not in the vocabulary.
-pub fn embed<W: Element, P: Element>(wte: Panels<'_, W>, token: usize, wpe: &[P], out: &mut [f32]) {
+pub fn embed<F: Format>(wte: Panels<'_, F>, token: usize, wpe: &[f32], out: &mut [f32]) {
+    /// Rows of the longest group.
+    const LONGEST: usize = 64;
     let (panel, lane) = (token / NR, token % NR);
     assert!(token < wte.n());
-    for ((out, row), position) in out.iter_mut().zip(wte.panel(panel)).zip(wpe) {
-        *out = row[lane].to_f32() + position.to_f32();
+    let mut rows = [[0.0; NR]; LONGEST];
+    let rows = &mut rows[..F::GROUP];
+    let groups = wte.panel(panel).chunks_exact(F::GROUP_BYTES);
+    for ((out, position), group) in out.chunks_mut(F::GROUP).zip(wpe.chunks(F::GROUP)).zip(groups) {
+        F::decode(group, rows);
+        for ((out, position), row) in out.iter_mut().zip(position).zip(&*rows) {
+            *out = row[lane] + position;
+        }
     }
 }

@@ -6,24 +6,27 @@ pub mod embed;
 pub mod gelu;
 pub mod layernorm;
 pub mod matmul;
+pub mod pairs;
+pub mod panels;
+pub mod round;
 pub mod softmax;
 
 use std::ops::Range;
 
-/// Rows of float32, `stride` apart, of which the first `columns` values are meant.
+/// Rows of values, `stride` apart, of which the first `columns` are meant.
 #[derive(Clone, Copy)]
-pub struct Rows<'a> {
-    data: &'a [f32],
+pub struct Rows<'a, T = f32> {
+    data: &'a [T],
     stride: usize,
     columns: usize,
 }
 
-impl<'a> Rows<'a> {
+impl<'a, T> Rows<'a, T> {
     /// A view of `data`, row-major with rows `stride` apart.
     ///
     /// # Panics
     /// When a row is longer than the stride.
-    pub fn new(data: &'a [f32], stride: usize, columns: usize) -> Rows<'a> {
+    pub fn new(data: &'a [T], stride: usize, columns: usize) -> Rows<'a, T> {
         assert!(columns <= stride);
         Rows { data, stride, columns }
     }
@@ -40,12 +43,12 @@ impl<'a> Rows<'a> {
 
     /// Row `i`.
     #[inline(always)]
-    pub fn row(&self, i: usize) -> &'a [f32] {
+    pub fn row(&self, i: usize) -> &'a [T] {
         &self.data[i * self.stride..][..self.columns]
     }
 
     /// The same rows, columns `range` alone.
-    pub fn columns_of(&self, range: Range<usize>) -> Rows<'a> {
+    pub fn columns_of(&self, range: Range<usize>) -> Rows<'a, T> {
         assert!(range.end <= self.columns);
         Rows {
             data: &self.data[range.start.min(self.data.len())..],
@@ -55,7 +58,7 @@ impl<'a> Rows<'a> {
     }
 
     /// The same columns, from row `start` on.
-    pub fn rows_from(&self, start: usize) -> Rows<'a> {
+    pub fn rows_from(&self, start: usize) -> Rows<'a, T> {
         Rows { data: &self.data[(start * self.stride).min(self.data.len())..], ..*self }
     }
 }

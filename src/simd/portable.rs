@@ -1,7 +1,7 @@
 //! Plain arrays: any machine. Compilers turn these loops into the baseline's registers (NEON on aarch64, which is
 //! untested so far); where the baseline has no fused multiply-add, `mul_add` is a call, correct and slow.
 
-use super::{LANES, Simd};
+use super::{BYTES, LANES, Simd};
 use half::bf16;
 
 /// Any machine.
@@ -27,8 +27,18 @@ fn tree(mut v: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
     v[0]
 }
 
+/// The nearest integer, ties to even, of a value far smaller than 2^22.
+#[inline(always)]
+fn rounded(value: f32) -> u32 {
+    // Where a float32 has no fraction: the sum is rounded, and its low bits are the integer.
+    const MIDDLE: f32 = 1.5 * (1u32 << 23) as f32;
+    (value + MIDDLE).to_bits()
+}
+
 impl Simd for Portable {
     type F32 = [f32; LANES];
+    type I32 = [i32; LANES];
+    type Bytes = [u8; BYTES];
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -42,6 +52,25 @@ impl Simd for Portable {
     #[inline(always)]
     fn load_bf16(self, lanes: &[bf16; LANES]) -> Self::F32 {
         lanes.map(|v| f32::from_bits(u32::from(v.to_bits()) << 16))
+    }
+    #[inline(always)]
+    fn load_pairs(self, pairs: &[[bf16; 2]; LANES]) -> Self::F32 {
+        pairs.map(|[second, first]| {
+            f32::from_bits(u32::from(first.to_bits()) << 16 | u32::from(second.to_bits()))
+        })
+    }
+    #[inline(always)]
+    fn first_of_pairs(self, pairs: Self::F32) -> Self::F32 {
+        pairs.map(|pair| f32::from_bits(pair.to_bits() & 0xffff_0000))
+    }
+    #[inline(always)]
+    fn second_of_pairs(self, pairs: Self::F32) -> Self::F32 {
+        pairs.map(|pair| f32::from_bits(pair.to_bits() << 16))
+    }
+    #[inline(always)]
+    fn dot_pairs(self, sum: Self::F32, pairs: Self::F32, [second, first]: [bf16; 2]) -> Self::F32 {
+        let sum = self.fma(self.first_of_pairs(pairs), [first.to_f32(); LANES], sum);
+        self.fma(self.second_of_pairs(pairs), [second.to_f32(); LANES], sum)
     }
     #[inline(always)]
     fn store(self, value: Self::F32, lanes: &mut [f32; LANES]) {
@@ -96,6 +125,67 @@ impl Simd for Portable {
     #[inline(always)]
     fn reduce_max(self, value: Self::F32) -> f32 {
         tree(value, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> Self::I32 {
+        [value; LANES]
+    }
+    #[inline(always)]
+    fn to_f32(self, value: Self::I32) -> Self::F32 {
+        value.map(|value| value as f32)
+    }
+    #[inline(always)]
+    fn as_i32(self, bits: Self::F32) -> Self::I32 {
+        bits.map(|bits| bits.to_bits() as i32)
+    }
+    #[inline(always)]
+    fn as_f32(self, bits: Self::I32) -> Self::F32 {
+        bits.map(|bits| f32::from_bits(bits as u32))
+    }
+    #[inline(always)]
+    fn load_bytes(self, bytes: &[u8; BYTES]) -> Self::Bytes {
+        *bytes
+    }
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], bytes: Self::Bytes) -> [Self::Bytes; 2] {
+        [bytes.map(|byte| table[usize::from(byte & 15)]), bytes.map(|byte| table[usize::from(byte >> 4)])]
+    }
+    #[inline(always)]
+    fn dot_bytes(self, sum: Self::I32, bytes: Self::Bytes, x: [i8; 4]) -> Self::I32 {
+        let mut out = sum;
+        for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            for (&byte, x) in bytes.iter().zip(x) {
+                *out = out.wrapping_add(i32::from(byte) * i32::from(x));
+            }
+        }
+        out
+    }
+    #[inline(always)]
+    fn load_i8_pairs(self, pairs: &[[i8; 2]; LANES]) -> Self::I32 {
+        pairs.map(|pair| bytemuck::cast(pair.map(i16::from)))
+    }
+    #[inline(always)]
+    fn dot_i16_pairs(self, sum: Self::I32, pairs: Self::I32, x: [i16; 2]) -> Self::I32 {
+        let mut out = sum;
+        for (out, pair) in out.iter_mut().zip(pairs) {
+            let pair: [i16; 2] = bytemuck::cast(pair);
+            for (value, x) in pair.into_iter().zip(x) {
+                *out = out.wrapping_add(i32::from(value) * i32::from(x));
+            }
+        }
+        out
+    }
+    #[inline(always)]
+    fn round_to_i8(self, value: Self::F32, out: &mut [i8; LANES]) {
+        *out = value.map(|value| rounded(value) as i8);
+    }
+    #[inline(always)]
+    fn round_to_i16(self, value: Self::F32, out: &mut [i16; LANES]) {
+        *out = value.map(|value| rounded(value) as i16);
+    }
+    #[inline(always)]
+    fn round_to_bf16(self, value: Self::F32, out: &mut [bf16; LANES]) {
+        *out = value.map(bf16::from_f32);
     }
     #[inline(always)]
     fn prefetch<T>(self, _address: *const T) {}

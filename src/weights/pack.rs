@@ -1,10 +1,11 @@
 //! Values -> panels: every matrix into its place of one allocation, on all threads.
 
+use super::{Dtype, packed_len};
 use crate::checkpoint::Tensor;
 use crate::error::Result;
-use crate::ops::matmul::{NR, Panels};
+use crate::ops::pairs::{Bf16, F32};
+use crate::ops::panels::{Format, Int4Groups, Int8Groups, NR};
 use crate::philox::Normal;
-use crate::simd::Element;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -48,29 +49,32 @@ pub struct Planned<'a> {
     pub n: usize,
     /// Whether a stored row is a column of the matrix.
     pub by_column: bool,
+    /// What it is packed as.
+    pub dtype: Dtype,
     /// First byte of its place.
     pub start: usize,
 }
 
 /// Panels of one matrix that one thread fills; a matrix whose stored rows run across the panels is one task.
-struct Task<'a, W> {
+struct Task<'a> {
     planned: &'a Planned<'a>,
-    first_column: usize,
-    out: &'a mut [W],
+    first_panel: usize,
+    out: &'a mut [u8],
 }
 
 /// Fills the places of all matrices. Threads take tasks as they come, and the first error ends them all.
-pub fn pack_all<W: Element>(planned: &[Planned<'_>], bytes: &mut [u8], n_threads: usize) -> Result<()> {
-    /// Columns of a task of a matrix stored by columns.
-    const COLUMNS: usize = 64 * NR;
-    let mut rest: &mut [W] = bytemuck::cast_slice_mut(bytes);
+pub fn pack_all(planned: &[Planned<'_>], bytes: &mut [u8], n_threads: usize) -> Result<()> {
+    /// Panels of a task of a matrix stored by columns.
+    const PANELS: usize = 64;
+    let mut rest = bytes;
     let mut tasks = Vec::new();
     for planned in planned {
-        let (out, after) = rest.split_at_mut(Panels::<W>::packed_len(planned.k, planned.n));
+        let (out, after) = rest.split_at_mut(packed_len(planned.dtype, planned.k, planned.n));
         rest = after;
-        let columns = if planned.by_column { COLUMNS } else { usize::MAX / planned.k.max(1) };
-        for (i, out) in out.chunks_mut(columns * planned.k).enumerate() {
-            tasks.push(Mutex::new(Some(Task { planned, first_column: i * columns, out })));
+        let panels = if planned.by_column { PANELS } else { planned.n.div_ceil(NR) };
+        let bytes = panels * packed_len(planned.dtype, planned.k, NR);
+        for (i, out) in out.chunks_mut(bytes).enumerate() {
+            tasks.push(Mutex::new(Some(Task { planned, first_panel: i * panels, out })));
         }
     }
     let next = AtomicUsize::new(0);
@@ -94,38 +98,55 @@ pub fn pack_all<W: Element>(planned: &[Planned<'_>], bytes: &mut [u8], n_threads
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-impl<W: Element> Task<'_, W> {
+impl Task<'_> {
     fn pack(self, scratch: &mut Vec<f32>) -> Result<()> {
+        match self.planned.dtype {
+            Dtype::F32 => self.pack_as::<F32>(scratch),
+            Dtype::BF16 => self.pack_as::<Bf16>(scratch),
+            Dtype::Int8 => self.pack_as::<Int8Groups>(scratch),
+            Dtype::Int4 => self.pack_as::<Int4Groups>(scratch),
+        }
+    }
+
+    fn pack_as<F: Format>(self, scratch: &mut Vec<f32>) -> Result<()> {
         /// Stored rows are read in pieces of about this many values.
         const PIECE: usize = 128 << 10;
         let Planned { values, k, n, by_column, .. } = self.planned;
         let (k, n) = (*k, *n);
+        let panel_bytes = k.div_ceil(F::GROUP) * F::GROUP_BYTES;
+        let mut rows = vec![[0.0; NR]; F::GROUP];
         if *by_column {
-            for (i, panel) in self.out.chunks_exact_mut(k * NR).enumerate() {
-                let first = self.first_column + i * NR;
+            for (i, panel) in self.out.chunks_exact_mut(panel_bytes).enumerate() {
+                let first = (self.first_panel + i) * NR;
                 let columns = first..(first + NR).min(n);
                 scratch.resize(columns.len() * k, 0.0);
                 values.read(columns, k, scratch)?;
-                for (lane, column) in scratch.chunks_exact(k).enumerate() {
-                    for (row, &value) in panel.as_chunks_mut::<NR>().0.iter_mut().zip(column) {
-                        row[lane] = W::from_f32(value);
+                for (g, group) in panel.chunks_exact_mut(F::GROUP_BYTES).enumerate() {
+                    rows.fill([0.0; NR]);
+                    for (lane, column) in scratch.chunks_exact(k).enumerate() {
+                        for (row, &value) in rows.iter_mut().zip(&column[g * F::GROUP..]) {
+                            row[lane] = value;
+                        }
                     }
+                    F::encode(&rows, group);
                 }
             }
             return Ok(());
         }
-        let rows_at_once = (PIECE / n).max(1);
+        let rows_at_once = (PIECE / n).max(1).next_multiple_of(F::GROUP);
         for first in (0..k).step_by(rows_at_once) {
-            let rows = first..(first + rows_at_once).min(k);
-            scratch.resize(rows.len() * n, 0.0);
-            values.read(rows.clone(), n, scratch)?;
-            for (i, panel) in self.out.chunks_exact_mut(k * NR).enumerate() {
+            let piece = first..(first + rows_at_once).min(k);
+            scratch.resize(piece.len() * n, 0.0);
+            values.read(piece.clone(), n, scratch)?;
+            for (i, panel) in self.out.chunks_exact_mut(panel_bytes).enumerate() {
                 let columns = i * NR..(i * NR + NR).min(n);
-                let panel = panel.as_chunks_mut::<NR>().0;
-                for (out, row) in panel[rows.clone()].iter_mut().zip(scratch.chunks_exact(n)) {
-                    for (out, &value) in out.iter_mut().zip(&row[columns.clone()]) {
-                        *out = W::from_f32(value);
+                let groups = panel[first / F::GROUP * F::GROUP_BYTES..].chunks_exact_mut(F::GROUP_BYTES);
+                for (group, stored) in groups.zip(scratch.chunks(F::GROUP * n)) {
+                    rows.fill([0.0; NR]);
+                    for (row, stored) in rows.iter_mut().zip(stored.chunks_exact(n)) {
+                        row[..columns.len()].copy_from_slice(&stored[columns.clone()]);
                     }
+                    F::encode(&rows, group);
                 }
             }
         }
