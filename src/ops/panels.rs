@@ -96,8 +96,8 @@ impl Format for Bf16Dots {
 }
 
 impl Format for Int8Groups {
-    const GROUP: usize = 64;
-    const GROUP_BYTES: usize = (64 + 2) * NR;
+    const GROUP: usize = 32;
+    const GROUP_BYTES: usize = (32 + 2) * NR;
 
     fn encode(rows: &[[f32; NR]], group: &mut [u8]) {
         let (values, scales) = group.split_at_mut(Self::GROUP * NR);
