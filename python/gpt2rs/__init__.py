@@ -8,10 +8,22 @@ Importing this loads NumPy and the compiled core, nothing else; tokenizers and h
 """
 
 from ._core import Config, __version__
+from .fidelity import Fidelity, compare
 from .gpt2 import GPT2
 from .results import Result, Score
 from .session import Session
 from .settings import Settings
 from .streaming import Stream
 
-__all__ = ["GPT2", "Config", "Result", "Score", "Session", "Settings", "Stream", "__version__"]
+__all__ = [
+    "GPT2",
+    "Config",
+    "Fidelity",
+    "Result",
+    "Score",
+    "Session",
+    "Settings",
+    "Stream",
+    "__version__",
+    "compare",
+]

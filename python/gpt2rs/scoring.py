@@ -23,10 +23,9 @@ def windows(n_tokens: int, n_ctx: int, stride: int) -> Iterator[tuple[int, int, 
         first, begin = end, begin + stride
 
 
-def logprobs(model: _core.Model, tokens: list[int], stride: int | None) -> NDArray[np.float32]:
-    """(T - 1,) float32: ln p of each token but the first, given those before it in its window."""
-    n_ctx = model.config.n_ctx
-    if len(tokens) < 2:
+def checked_windows(n_tokens: int, n_ctx: int, stride: int | None) -> Iterator[tuple[int, int, int]]:
+    """`windows`, with half of n_ctx for a stride of None; ValueError, before the first, for what can't be."""
+    if n_tokens < 2:
         raise ValueError(
             "the text has 1 token; scoring needs 2 at least, since nothing stands before the first"
         )
@@ -35,9 +34,14 @@ def logprobs(model: _core.Model, tokens: list[int], stride: int | None) -> NDArr
     stride = n_ctx // 2 if stride is None else check_count("stride", stride)
     if not 1 <= stride < n_ctx:
         raise ValueError(f"stride is {stride}; it must be at least 1 and below n_ctx = {n_ctx}")
+    return windows(n_tokens, n_ctx, stride)
+
+
+def logprobs(model: _core.Model, tokens: list[int], stride: int | None) -> NDArray[np.float32]:
+    """(T - 1,) float32: ln p of each token but the first, given those before it in its window."""
     # score() gives ln p of tokens begin + 1 and on.
     parts = [
         model.score(tokens[begin:end])[first - begin - 1 :]
-        for begin, first, end in windows(len(tokens), n_ctx, stride)
+        for begin, first, end in checked_windows(len(tokens), model.config.n_ctx, stride)
     ]
     return np.concatenate(parts)

@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def ended(text: str) -> str:
 
 def test_help_names_the_commands_and_options() -> None:
     top = output("--help")
-    for command in ("generate", "info", "score", "bench"):
+    for command in ("generate", "info", "score", "compare", "bench"):
         assert command in top
         assert output(command, "--help")
 
@@ -282,6 +283,8 @@ class TestMistakes:
             (["generate", b"\xff\xfe"], "UTF-8"),
             (["info", "./no/such/folder"], "no/such/folder"),
             (["score", "./no/such/file"], "no/such/file"),
+            (["compare", "./no/such/file"], "no/such/file"),
+            (["compare", "-", "--variants", "float32,int2"], "variant is 'int2'"),
             (["bench", "--model", "./no/such/folder"], "no/such/folder"),
         ],
     )
@@ -311,6 +314,7 @@ class TestMistakes:
             ["generate", "--logprobs", "x"],
             ["bench", "--threads", "0"],
             ["score"],
+            ["compare"],
         ],
     )
     def test_wrong_usage(self, arguments: list[str]) -> None:
@@ -424,6 +428,36 @@ def bits_per_byte(model: gpt2rs.GPT2, text: str) -> float:
     tokens = model.tokenizer.encode(text)
     bits = sum(-float(logprob) / math.log(2) for logprob in model.score(tokens).logprobs)
     return bits / sum(len(model.tokenizer.decode_single_token_bytes(token)) for token in tokens[1:])
+
+
+class TestCompare:
+    TEXT = "But, soft! what light through yonder window breaks?\nIt is the east, and Juliet is the sun.\n" * 3
+
+    def test_json(self, tmp_path: Path) -> None:
+        file = tmp_path / "text"
+        file.write_text(self.TEXT)
+        flags = ["--variants", "float32, bfloat16,float32/kv=bfloat16", "--stride", "64", "--json"]
+        results = gpt2rs.compare(
+            "shakespeare", self.TEXT, ["float32", "bfloat16", "float32/kv=bfloat16"], stride=64
+        )
+        assert json.loads(output("compare", str(file), *flags)) == [asdict(result) for result in results]
+
+    def test_table(self) -> None:
+        page = output("compare", "-", "--variants", "float32,bfloat16", given=self.TEXT)
+        title, empty, head, *rows = page.splitlines()
+        results = gpt2rs.compare("shakespeare", self.TEXT, ["float32", "bfloat16"])
+        assert title.startswith(f"shakespeare, {results[0].n_positions} positions")
+        assert empty == ""
+        assert head.split("  ")[0] == "weights"
+        assert len({len(line) for line in (head, *rows)}) == 1
+        for row, result in zip(rows, results, strict=True):
+            name, megabytes, perplexity, *_, share, percent = row.split()
+            assert (name, percent) == (result.variant, "%")
+            assert float(megabytes) == pytest.approx(result.weight_bytes / 1e6, abs=0.005)
+            assert float(perplexity) == pytest.approx(result.perplexity, abs=5e-5)
+            assert f"{result.mean_kl:.2e}" in row
+            assert f"{result.max_kl:.2e}" in row
+            assert float(share) == pytest.approx(100 * result.same_top, abs=0.005)
 
 
 class TestBench:

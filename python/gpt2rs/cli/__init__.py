@@ -1,4 +1,4 @@
-"""The command line: `gpt2rs generate | info | score | bench`.
+"""The command line: `gpt2rs generate | info | score | compare | bench`.
 
 Exit codes: 0; 1 for a mistake or failure, with one line on stderr (GPT2RS_DEBUG=1 shows the traceback); 2 for
 wrong usage; 130 after Ctrl-C; 141, as a shell counts SIGPIPE, when nobody reads the output any more.
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, generate, info, score
+from . import bench, compare, generate, info, score
 
 _MISTAKES = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
 
@@ -71,6 +71,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
 app.command()(generate.generate)
 app.command()(info.info)
 app.command()(score.score)
+app.command()(compare.compare)
 app.command()(bench.bench)
 
 
@@ -81,7 +82,7 @@ def gpt2rs(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave."),
     ] = False,
 ) -> None:
-    """Run GPT-2: generate text, look at a model, score a text, measure this machine."""
+    """Run GPT-2: generate text, look at a model, score a text, compare dtypes, measure this machine."""
 
 
 def main() -> None:
