@@ -44,7 +44,7 @@ MARKERS = {
     "transformers": "P",
 }
 DTYPES = {"float32": "float32", "bfloat16": "16 bits", "int8": "8 bits", "int4": "4 bits"}
-# A system's second form at a width is hollow and dashed, and named where it stands.
+# A system's second form at a width is hollow and dashed.
 SECOND_FORMS = {"bfloat16-fast": "fast", "F16": "float16", "int8-dynamic": "dynamic"}
 
 
@@ -74,7 +74,7 @@ def plain(value: float, _: int | None = None) -> str:
 def set_style(theme: Theme) -> None:
     mpl.rcParams.update(
         {
-            "font.family": "DejaVu Sans",
+            "font.family": "sans-serif",
             "font.size": 9,
             "figure.facecolor": theme.ground,
             "savefig.facecolor": theme.ground,
@@ -96,7 +96,8 @@ def set_style(theme: Theme) -> None:
             "xtick.labelcolor": theme.ink,
             "ytick.labelcolor": theme.ink,
             "legend.frameon": False,
-            # The same figures give the same file.
+            # Text stays text, a third of the size of its outlines; the same figures give the same file.
+            "svg.fonttype": "none",
             "svg.hashsalt": "gpt2rs",
         }
     )
@@ -123,21 +124,40 @@ def bandwidths(record: Record, n_threads: int, workload: str) -> list[float]:
 
 
 def legend(figure: Figure, record: Record, theme: Theme) -> None:
-    titles = {row["peer"]: row["title"] for run in record["runs"] for row in run["peers"]}
+    rows = [row for run in record["runs"] for row in run["peers"]]
+    titles = {row["peer"]: row["title"] for row in rows}
     handles = [
         Line2D(
             [],
             [],
+            label=titles[peer],
+            linewidth=line_width(peer),
             color=theme.colour(peer),
             marker=MARKERS[peer],
-            linewidth=2.2 if peer == "gpt2rs" else 1.2,
-            markersize=8 if peer == "gpt2rs" else 6,
-            label=titles[peer],
+            markersize=marker_size(peer),
         )
         for peer in COLOURS
         if peer in titles
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
+    second = {
+        row["variant"]: f"{row['title']} {SECOND_FORMS[row['variant']]}" for row in rows if is_second(row)
+    }
+    if second:
+        hollow = {"marker": "o", "markerfacecolor": theme.ground, "color": theme.muted, "linestyle": "none"}
+        handles.append(Line2D([], [], label="hollow: " + ", ".join(second.values()), **hollow))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9)
+
+
+def is_second(row: Record) -> bool:
+    return row["variant"] in SECOND_FORMS
+
+
+def line_width(peer: str) -> float:
+    return 2.2 if peer == "gpt2rs" else 1.2
+
+
+def marker_size(peer: str) -> float:
+    return 8 if peer == "gpt2rs" else 6
 
 
 def mark(peer: str, variant: str, theme: Theme) -> dict[str, Any]:
@@ -146,7 +166,7 @@ def mark(peer: str, variant: str, theme: Theme) -> dict[str, Any]:
     return {
         "color": colour,
         "marker": MARKERS[peer],
-        "markersize": 8 if peer == "gpt2rs" else 6,
+        "markersize": marker_size(peer),
         "markerfacecolor": theme.ground if variant in SECOND_FORMS else colour,
         "markeredgewidth": 1.5,
         "zorder": 4 if peer == "gpt2rs" else 3,
@@ -177,31 +197,31 @@ def draw_roofline(ax: Axes, record: Record, n_threads: int, work: Record, theme:
     rows = list(rows_with(record, n_threads, work["name"]))
     ax.set(xscale="log", yscale="log")
     ax.set_title(f"{n_threads} thread{'s' if n_threads > 1 else ''}, after {work['prompt']} tokens")
-    for axis, ticks in ((ax.xaxis, (50, 100, 200, 400, 800)), (ax.yaxis, (25, 50, 100, 200, 400, 800))):
+    for axis, ticks in ((ax.xaxis, (50, 100, 200, 400, 800)), (ax.yaxis, (25, 50, 100, 200, 400, 800, 1600))):
         axis.set_ticks(ticks)
         axis.set_major_formatter(FuncFormatter(plain))
         axis.set_minor_locator(NullLocator())
         axis.set_minor_formatter(NullFormatter())
-    ends = (60, 700)
+    across = (60, 700)
     rates = bandwidths(record, n_threads, work["name"])
     if rates:
-        limit = [1000 * median(rates) / megabytes for megabytes in ends]
+        limit = [1000 * median(rates) / megabytes for megabytes in across]
         ax.fill_between(
-            ends,
-            [1000 * min(rates) / megabytes for megabytes in ends],
-            [1000 * max(rates) / megabytes for megabytes in ends],
+            across,
+            [1000 * min(rates) / megabytes for megabytes in across],
+            [1000 * max(rates) / megabytes for megabytes in across],
             color=theme.muted,
             alpha=0.15,
             linewidth=0,
         )
-        ax.plot(ends, limit, color=theme.muted, linewidth=1.2)
-        ax.annotate(
-            f"read bandwidth, {median(rates):.0f} GB/s",
-            (ends[1], limit[1]),
-            xytext=(0, 14),
-            textcoords="offset points",
+        ax.plot(across, limit, color=theme.muted, linewidth=1.2)
+        ax.text(
+            0.97,
+            0.95,
+            f"line: read bandwidth, {median(rates):.0f} GB/s",
+            transform=ax.transAxes,
             ha="right",
-            va="bottom",
+            va="top",
             color=theme.muted,
             fontsize=8,
         )
@@ -242,8 +262,9 @@ def batches(record: Record, theme: Theme) -> Figure | None:
     figure, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, layout="constrained")
     for ax, run in zip(axes[0], runs, strict=True):
         draw_batches(ax, run, works, theme)
-    axes[0][0].set_ylabel("tokens/s, all sequences together")
-    figure.supxlabel(f"sequences decoded together, after 32 tokens each, {n_threads} threads", fontsize=9)
+    axes[0][0].set_ylabel(f"tokens/s of all, {n_threads} threads")
+    for ax in axes[0]:
+        ax.set_xlabel("sequences together")
     legend(figure, record, theme)
     return figure
 
@@ -258,27 +279,16 @@ def draw_batches(ax: Axes, run: Record, works: list[Record], theme: Theme) -> No
     for row in run["peers"]:
         speeds = [row["tokens_per_second"].get(work["name"]) for work in works]
         done = [(size, found) for size, found in zip(sizes, speeds, strict=True) if found]
-        second = row["variant"] in SECOND_FORMS
         at, values = [size for size, _ in done], [median(found) for _, found in done]
         ax.plot(
             at,
             values,
-            linestyle="--" if second else "-",
-            linewidth=2.2 if row["peer"] == "gpt2rs" else 1.2,
+            linestyle="--" if is_second(row) else "-",
+            linewidth=line_width(row["peer"]),
             **mark(row["peer"], row["variant"], theme),
         )
         for size, found in done:
             ax.plot([size] * 2, [min(found), max(found)], color=theme.colour(row["peer"]), linewidth=1)
-        if second and done:
-            ax.annotate(
-                SECOND_FORMS[row["variant"]],
-                (at[-1], values[-1]),
-                xytext=(-4, 7),
-                textcoords="offset points",
-                ha="right",
-                color=theme.colour(row["peer"]),
-                fontsize=8,
-            )
     ax.set_ylim(bottom=0)
 
 

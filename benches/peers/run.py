@@ -22,7 +22,7 @@ from conversions import converted, digest
 from environments import Environment, Missing, prepare
 from peers import DTYPES, GPT2RS, PEERS
 from side_by_side import Course, Entry, SideBySide
-from workloads import LARGEST_BATCH, WORKLOADS, Workload, select
+from workloads import LARGEST_BATCH, QUICK, WORKLOADS, Workload, select
 
 HERE = Path(__file__).parent
 SHAPE = Shape()
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--quick",
         action="store_true",
-        help="every width and every peer with a quarter of the new tokens and two rounds: under five minutes",
+        help="every width and every peer, but fewer new tokens and two rounds: under five minutes",
     )
     add("--workloads", metavar="NAME,...", type=one_or_more_of(workloads), help=", ".join(workloads))
     add(
@@ -76,8 +76,7 @@ def parse_arguments() -> argparse.Namespace:
         "--threads",
         metavar="N,...",
         type=counts,
-        default=(2,),
-        help="of every peer (default 2); of several, the largest does everything and the others decode-*",
+        help="of every peer (default 2, with --quick 1,2); the largest does everything, others only decode-*",
     )
     add(
         "--dtype",
@@ -103,11 +102,12 @@ def parse_arguments() -> argparse.Namespace:
         help="environments and models (default .work)",
     )
     arguments = parser.parse_args()
-    chosen = select(arguments.workloads or workloads, arguments.batch)
+    chosen = select(arguments.workloads or (QUICK if arguments.quick else workloads), arguments.batch)
     if not chosen:
         parser.error("no workload is left")
     arguments.workloads = [work.shortened() for work in chosen] if arguments.quick else chosen
     arguments.dtype = arguments.dtype or (DTYPES if arguments.quick else ("float32",))
+    arguments.threads = arguments.threads or ((1, 2) if arguments.quick else (2,))
     arguments.repeat = arguments.repeat or (2 if arguments.quick else 5)
     # Not resolved: a virtual environment's interpreter is a link, and is known by its own place.
     arguments.gpt2rs_python = arguments.gpt2rs_python.absolute()
@@ -175,8 +175,10 @@ def without_folders(text: str) -> str:
     return re.sub(r"(?<![\w.:/])/(?:[^\s/:'\"]+/)+", "", text)
 
 
-def of_one_sequence(workloads: list[Workload]) -> list[Workload]:
-    return [workload for workload in workloads if workload.is_decode and workload.batch == 1]
+def of_one_sequence(workloads: list[Workload], quick: bool) -> list[Workload]:
+    """What fewer threads do."""
+    decodes = [workload for workload in workloads if workload.is_decode and workload.batch == 1]
+    return decodes[:1] if quick else decodes
 
 
 def main() -> int:
@@ -203,8 +205,16 @@ def main() -> int:
         entries = entries_of(dtype, environments, checkpoint, identity, arguments.work, missing)
         for n_threads in threads:
             whole = n_threads == max(threads)
+            workloads = (
+                arguments.workloads if whole else of_one_sequence(arguments.workloads, arguments.quick)
+            )
+            if not workloads:
+                continue
+            # The longest prompt brings up memory and code that the others use as well.
+            longest = max(workloads, key=lambda workload: workload.prompt)
             course = Course(
-                workloads=arguments.workloads if whole else of_one_sequence(arguments.workloads),
+                workloads=workloads,
+                warm_up=[longest] if arguments.quick else workloads,
                 repeat=arguments.repeat,
                 n_threads=n_threads,
                 whole=whole,
@@ -212,8 +222,6 @@ def main() -> int:
                 gpt2rs_python=arguments.gpt2rs_python,
                 logs=arguments.work / "logs",
             )
-            if not course.workloads:
-                continue
             run = SideBySide([entry.afresh() for entry in entries], course)
             run.run(reference)
             missing |= {f"{title} ({dtype})": why for title, why in run.failed.items()}

@@ -72,6 +72,7 @@ class Course:
     """What is run on every entry; `whole`: their texts are checked and they are started cold, too."""
 
     workloads: list[Workload]
+    warm_up: list[Workload]
     repeat: int
     n_threads: int
     whole: bool
@@ -97,6 +98,9 @@ class SideBySide:
         self.workers: dict[str, Worker] = {}
 
     def run(self, reference: Reference) -> None:
+        def check(entry: Entry) -> None:
+            self.check(entry, reference)
+
         try:
             self.step("loading", lambda: self.each(self.entries, self.start))
             if self.course.whole:
@@ -147,7 +151,7 @@ class SideBySide:
     def rounds(self) -> None:
         """A round that warms up and is not counted, then the repeats; who goes first changes with each."""
         for repeat in range(self.course.repeat + 1):
-            for workload in self.course.workloads:
+            for workload in self.course.workloads if repeat > 0 else self.course.warm_up:
                 if repeat > 0:
                     limits = machine.READING if workload.is_decode else machine.ARITHMETIC
                     probe = machine.probe(self.course.gpt2rs_python, limits, self.course.n_threads)

@@ -49,8 +49,8 @@ class Workload:
         return 2 * matrix_values(shape) + attention + head
 
     def shortened(self) -> "Workload":
-        """The same with a quarter of the new tokens."""
-        return replace(self, new=self.new // 4) if self.is_decode else self
+        """The same with a quarter of the new tokens or fewer: at most 256 of all sequences."""
+        return replace(self, new=min(self.new // 4, 256 // self.batch)) if self.is_decode else self
 
 
 def batch_of(n: int) -> Workload:
@@ -68,6 +68,8 @@ WORKLOADS = {
         batch_of(32),
     )
 }
+# All but what takes long and says little more than the others.
+QUICK = tuple(name for name in WORKLOADS if name != "prefill-1000")
 
 
 def select(names: tuple[str, ...], batches: tuple[int, ...] | None) -> list[Workload]:
