@@ -49,8 +49,10 @@ def packed(
         convert(environment, arguments, work / "logs" / f"gpt2rs-{dtype}-convert.log")
 
     find = "import gpt2rs._core; print(gpt2rs._core.__file__)"
-    core = subprocess.run([str(environment.python), "-c", find], capture_output=True, text=True).stdout
-    write_once(folder, {"checkpoint": checkpoint_id, "build": digest(Path(core.strip()))}, write)
+    found = subprocess.run([str(environment.python), "-c", find], capture_output=True, text=True)
+    if found.returncode != 0:
+        raise Missing(f"can't be imported: {found.stderr.strip().splitlines()[-1]}")
+    write_once(folder, {"checkpoint": checkpoint_id, "build": digest(Path(found.stdout.strip()))}, write)
     return target
 
 
