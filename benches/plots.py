@@ -71,6 +71,10 @@ def plain(value: float, _: int | None = None) -> str:
     return f"{value:g}"
 
 
+def threads_text(n: int) -> str:
+    return f"{n} thread" if n == 1 else f"{n} threads"
+
+
 def set_style(theme: Theme) -> None:
     mpl.rcParams.update(
         {
@@ -145,7 +149,9 @@ def legend(figure: Figure, record: Record, theme: Theme) -> None:
     if second:
         hollow = {"marker": "o", "markerfacecolor": theme.ground, "color": theme.muted, "linestyle": "none"}
         handles.append(Line2D([], [], label="hollow: " + ", ".join(second.values()), **hollow))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=4 if figure.get_figwidth() > 8 else 2, fontsize=9
+    )
 
 
 def is_second(row: Record) -> bool:
@@ -187,6 +193,9 @@ def roofline(record: Record, theme: Theme) -> Figure | None:
         for ax, work in zip(line, works, strict=True):
             draw_roofline(ax, record, n_threads, work, theme)
         line[0].set_ylabel("tokens/s")
+    # Below the lowest point there is a line for the widths.
+    lowest, highest = axes[0][0].get_ylim()
+    axes[0][0].set_ylim(0.75 * lowest, highest)
     for ax in axes[-1]:
         ax.set_xlabel("bytes read for a token, MB")
     legend(figure, record, theme)
@@ -196,7 +205,7 @@ def roofline(record: Record, theme: Theme) -> Figure | None:
 def draw_roofline(ax: Axes, record: Record, n_threads: int, work: Record, theme: Theme) -> None:
     rows = list(rows_with(record, n_threads, work["name"]))
     ax.set(xscale="log", yscale="log")
-    ax.set_title(f"{n_threads} thread{'s' if n_threads > 1 else ''}, after {work['prompt']} tokens")
+    ax.set_title(f"{threads_text(n_threads)}, after {work['prompt']} tokens")
     for axis, ticks in ((ax.xaxis, (50, 100, 200, 400, 800)), (ax.yaxis, (25, 50, 100, 200, 400, 800, 1600))):
         axis.set_ticks(ticks)
         axis.set_major_formatter(FuncFormatter(plain))
@@ -262,7 +271,7 @@ def batches(record: Record, theme: Theme) -> Figure | None:
     figure, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, layout="constrained")
     for ax, run in zip(axes[0], runs, strict=True):
         draw_batches(ax, run, works, theme)
-    axes[0][0].set_ylabel(f"tokens/s of all, {n_threads} threads")
+    axes[0][0].set_ylabel(f"tokens/s of all, {threads_text(n_threads)}")
     for ax in axes[0]:
         ax.set_xlabel("sequences together")
     legend(figure, record, theme)
