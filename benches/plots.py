@@ -149,9 +149,8 @@ def legend(figure: Figure, record: Record, theme: Theme) -> None:
     if second:
         hollow = {"marker": "o", "markerfacecolor": theme.ground, "color": theme.muted, "linestyle": "none"}
         handles.append(Line2D([], [], label="hollow: " + ", ".join(second.values()), **hollow))
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=4 if figure.get_figwidth() > 8 else 2, fontsize=9
-    )
+    columns = 4 if figure.get_figwidth() > 8 else 2
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def is_second(row: Record) -> bool:
@@ -204,6 +203,9 @@ def roofline(record: Record, theme: Theme) -> Figure | None:
 
 def draw_roofline(ax: Axes, record: Record, n_threads: int, work: Record, theme: Theme) -> None:
     rows = list(rows_with(record, n_threads, work["name"]))
+    if not rows:
+        ax.set_visible(False)
+        return
     ax.set(xscale="log", yscale="log")
     ax.set_title(f"{threads_text(n_threads)}, after {work['prompt']} tokens")
     for axis, ticks in ((ax.xaxis, (50, 100, 200, 400, 800)), (ax.yaxis, (25, 50, 100, 200, 400, 800, 1600))):

@@ -170,9 +170,16 @@ def entries_of(
     return entries
 
 
-def without_folders(text: str) -> str:
-    """A message whose paths are cut down to the last name: what is published tells nothing of a machine."""
-    return re.sub(r"(?<![\w.:/])/(?:[^\s/:'\"]+/)+", "", text)
+def without_folders(messages: dict[str, str]) -> dict[str, str]:
+    """Paths in them are cut down to the last name: what is published tells nothing of a machine."""
+    path = re.compile(r"(?<![\w.:/])/(?:[^\s/:'\"]+/)+")
+    return {title: path.sub("", why) for title, why in messages.items()}
+
+
+def save(record: dict[str, Any], missing: dict[str, str], file: Path | None) -> None:
+    """Written after each width, so that a run that is ended leaves what it has."""
+    if file:
+        file.write_text(json.dumps(record | {"missing": without_folders(missing)}, indent=1) + "\n")
 
 
 def of_one_sequence(workloads: list[Workload], quick: bool) -> list[Workload]:
@@ -241,11 +248,10 @@ def main() -> int:
             )
             if dtype == "float32" and whole:
                 right = all(entry.agreement and entry.agreement.holds_for_float32 for entry in run.entries)
-    missing = {title: without_folders(why) for title, why in missing.items()}
+            save(record, missing, arguments.json)
     report.print_sizes(environments)
-    report.print_missing(missing)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record | {"missing": missing}, indent=1) + "\n")
+    report.print_missing(without_folders(missing))
+    save(record, missing, arguments.json)
     return 0 if right and any_ran else 1
 
 
