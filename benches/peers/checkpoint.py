@@ -38,6 +38,11 @@ class Shape:
     def n_inner(self) -> int:
         return 4 * self.n_embd
 
+    @property
+    def cache_values(self) -> int:
+        """Keys and values of one position."""
+        return 2 * self.n_layer * self.n_embd
+
     def config(self) -> dict[str, object]:
         """The config.json that transformers reads."""
         return {

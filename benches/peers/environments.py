@@ -18,11 +18,14 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Environment:
-    """An interpreter that has the peer; `installed_bytes` is the peer with all that it requires."""
+    """An interpreter that has the peer; `installed_bytes` is the peer with all that it requires, of which
+    NumPy takes `numpy_bytes`.
+    """
 
     python: Path
     version: str
     installed_bytes: int
+    numpy_bytes: int
 
 
 def prepare(peer: Peer, work: Path, gpt2rs_python: Path, with_torch: bool) -> Environment:
@@ -66,7 +69,9 @@ def reason(log: Path) -> str:
     """The line of a program's messages that says most: its last error, else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith("error")]
-    return (errors or lines or ["no output"])[-1]
+    # A message in a frame ends with the frame.
+    worded = [line.strip("│ ") for line in lines if any(letter.isalnum() for letter in line)]
+    return (errors or worded or ["no output"])[-1]
 
 
 def can_import(python: Path, modules: tuple[str, ...]) -> bool:
@@ -81,4 +86,4 @@ def describe(peer: Peer, python: Path) -> Environment:
         last = done.stderr.strip().splitlines()[-1:] or ["no output"]
         raise Missing(f"not found by {python}: {last[0]}")
     found = json.loads(done.stdout)
-    return Environment(python, found["version"], found["bytes"])
+    return Environment(python, found["version"], sum(found["bytes"].values()), found["bytes"].get("numpy", 0))

@@ -1,7 +1,7 @@
 """`PYTHON installed.py DISTRIBUTION...`: how much is installed for them, in the interpreter that runs this.
 
-Prints one JSON line: the version of the first and the bytes of all, with all that they require. Optional
-extras, pip and setuptools do not count.
+Prints one JSON line: the version of the first, and the bytes of each of all that they require, by name.
+Optional extras, pip and setuptools do not count; a file that two claim counts for the first.
 """
 
 import importlib.util
@@ -49,6 +49,10 @@ if __name__ == "__main__":
     packages: dict[str, Distribution] = {}
     for name in sys.argv[1:]:
         closure(name, packages)
-    every = set().union(*(files(package) for package in packages.values()))
-    size = sum(path.stat().st_size for path in every)
-    print(json.dumps({"version": packages[normalised(sys.argv[1])].version, "bytes": size}))
+    counted: set[Path] = set()
+    sizes = {}
+    for name, package in packages.items():
+        own = files(package) - counted
+        counted |= own
+        sizes[name] = sum(path.stat().st_size for path in own)
+    print(json.dumps({"version": packages[normalised(sys.argv[1])].version, "bytes": sizes}))

@@ -9,6 +9,8 @@ class Peer:
 
     `name` is also the name of its module in workers/ and, where it has its own format, in convert/.
     `variants` says which of its forms run at a width; a width that is not there is one it does not have.
+    `multiplies` says what a form's products multiply where that is not float32: which arithmetic peak a
+    prefill is held against. `packs`: the forms that gpt2rs itself writes once, to be mapped.
     """
 
     name: str
@@ -20,6 +22,8 @@ class Peer:
     build_from_source: bool = False
     build_variables: dict[str, str] = field(default_factory=dict)
     converts: bool = True
+    packs: tuple[str, ...] = ()
+    multiplies: dict[str, str] = field(default_factory=dict)
 
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -28,8 +32,15 @@ GPT2RS = Peer(
     name="gpt2rs",
     title="gpt2rs",
     distribution="gpt2rs",
-    variants={dtype: (dtype,) for dtype in DTYPES},
+    variants={
+        "float32": ("float32",),
+        "bfloat16": ("bfloat16", "bfloat16-fast"),
+        "int8": ("int8",),
+        "int4": ("int4",),
+    },
     converts=False,
+    packs=("int8", "int4"),
+    multiplies={"bfloat16-fast": "bfloat16", "int8": "int8", "int4": "int8"},
 )
 
 PEERS = {
@@ -47,6 +58,7 @@ PEERS = {
             # A wheel would be built for an older CPU than this one.
             build_from_source=True,
             build_variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+            multiplies={"BF16": "bfloat16", "Q8_0": "int8", "Q4_0": "int8"},
         ),
         Peer(
             name="ctranslate2",
@@ -54,6 +66,7 @@ PEERS = {
             distribution="ctranslate2",
             variants={"float32": ("float32",), "int8": ("int8",)},
             requirements=("ctranslate2",),
+            multiplies={"int8": "int8"},
         ),
         Peer(
             name="onnxruntime",
@@ -66,6 +79,7 @@ PEERS = {
             },
             requirements=("onnxruntime",),
             conversion_requirements=("onnx", "onnx-ir"),
+            multiplies={"int8-blocks": "int8", "int8-dynamic": "int8", "int4-blocks": "int8"},
         ),
         Peer(
             name="openvino",
@@ -74,6 +88,7 @@ PEERS = {
             variants={dtype: (dtype,) for dtype in DTYPES},
             requirements=("openvino",),
             conversion_requirements=("nncf",),
+            multiplies={"bfloat16": "bfloat16", "int8": "int8", "int4": "int8"},
         ),
         Peer(
             name="transformers",
@@ -82,6 +97,7 @@ PEERS = {
             variants={"float32": ("float32",), "bfloat16": ("bfloat16",)},
             requirements=("torch", "transformers"),
             converts=False,
+            multiplies={"bfloat16": "bfloat16"},
         ),
     )
 }

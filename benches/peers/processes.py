@@ -62,9 +62,11 @@ class Worker:
             raise WorkerError(answer["error"])
         return answer
 
-    def wait_until_ready(self) -> None:
-        self.receive()
+    def wait_until_ready(self) -> dict[str, Any]:
+        """The sizes it says it has: `weight_bytes`, `cache_bytes`."""
+        sizes = self.receive()
         self.process.send_signal(signal.SIGSTOP)
+        return sizes
 
     def ask(self, prompts: list[list[int]], n_new: int) -> dict[str, Any]:
         self.process.send_signal(signal.SIGCONT)

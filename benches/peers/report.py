@@ -7,7 +7,7 @@ from checkpoint import Shape
 from environments import Environment
 from peers import GPT2RS, PEERS
 from side_by_side import Entry, Probe, SideBySide
-from workloads import BYTES_PER_VALUE, FIRST_TOKEN, Workload
+from workloads import FIRST_TOKEN, Workload
 
 MEGABYTE = 1e6
 Row = tuple[str, ...]
@@ -18,9 +18,9 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{median(values):.{digits}f} ({min(values):.{digits}f}, {max(values):.{digits}f})"
 
 
-def ratios(ours: list[float] | None, theirs: list[float]) -> str:
+def ratios(ours: list[float], theirs: list[float]) -> str:
     """Ours over theirs within each repeat, where the two ran soon after one another."""
-    return spread([a / b for a, b in zip(ours, theirs, strict=True)], 2) if ours else "-"
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)], 2)
 
 
 def print_table(heading: Row, rows: list[Row]) -> None:
@@ -34,21 +34,39 @@ def print_table(heading: Row, rows: list[Row]) -> None:
         print("  ".join([first, *others]).rstrip())
 
 
-def print_run(dtype: str, run: SideBySide, workloads: list[Workload], shape: Shape) -> None:
-    """Everything about one width."""
+def print_run(dtype: str, run: SideBySide) -> None:
+    """Everything about one width at one number of threads."""
     print_machine([probe for probes in run.probes.values() for probe in probes])
-    print_agreement(dtype, run.entries)
-    for workload in workloads:
-        print_workload(dtype, run, workload, shape)
-    ours = next((entry for entry in run.entries if entry.peer is GPT2RS), None)
+    if run.course.whole:
+        print_agreement(dtype, run.entries)
+    for workload in run.course.workloads:
+        print_workload(run, workload)
+    if run.course.whole:
+        print_starts(run)
+
+
+def ours_of(run: SideBySide) -> list[Entry]:
+    """gpt2rs's own rows: every other row is held against each."""
+    return [entry for entry in run.entries if entry.peer is GPT2RS]
+
+
+def print_starts(run: SideBySide) -> None:
+    ours = ours_of(run)
     print_table(
-        (FIRST_TOKEN.title, "s", "peer/gpt2rs", "peak memory, MB"),
+        (
+            FIRST_TOKEN.title,
+            "s",
+            *(f"row/{entry.peer.title} {entry.variant}" for entry in ours),
+            "peak memory, MB",
+            "weights, MB",
+        ),
         [
             (
                 entry.title,
                 spread(entry.first_token_s, 2),
-                ratios(entry.first_token_s, ours.first_token_s) if ours and ours is not entry else "",
+                *("" if own is entry else ratios(entry.first_token_s, own.first_token_s) for own in ours),
                 f"{median(entry.peak_memory_bytes) / MEGABYTE:.0f}",
+                f"{entry.weight_bytes / MEGABYTE:.0f}",
             )
             for entry in run.entries
         ],
@@ -56,13 +74,19 @@ def print_run(dtype: str, run: SideBySide, workloads: list[Workload], shape: Sha
 
 
 def print_machine(probes: list[Probe]) -> None:
-    figures = [probe for probe in probes if isinstance(probe, dict)]
+    figures: dict[str, list[float]] = {}
+    for probe in probes:
+        if isinstance(probe, dict):
+            for limit, rate in probe.items():
+                figures.setdefault(limit, []).append(rate)
     if not figures:
         print(f"\nmachine: {probes[0] if probes else 'not measured'}")
         return
-    bandwidth = spread([figure["read_gb_per_s"] for figure in figures])
-    fma = spread([figure["fma_gflop_per_s"] for figure in figures], 0)
-    print(f"\nmachine: read bandwidth {bandwidth} GB/s, float32 FMA {fma} GFLOP/s")
+    limits = [
+        f"read bandwidth {spread(rates)} GB/s" if limit == "read" else f"{limit} {spread(rates, 0)} GFLOP/s"
+        for limit, rates in figures.items()
+    ]
+    print("\nmachine: " + ", ".join(limits))
 
 
 def print_agreement(dtype: str, entries: list[Entry]) -> None:
@@ -82,38 +106,48 @@ def print_agreement(dtype: str, entries: list[Entry]) -> None:
     )
 
 
-def print_workload(dtype: str, run: SideBySide, workload: Workload, shape: Shape) -> None:
-    ours = next((e.tokens_per_second[workload.name] for e in run.entries if e.peer is GPT2RS), None)
+def print_workload(run: SideBySide, workload: Workload) -> None:
+    ours = ours_of(run)
     rows = []
     for entry in run.entries:
         speeds = entry.tokens_per_second[workload.name]
-        ratio = "" if entry.peer is GPT2RS else ratios(ours, speeds)
-        percent = share(dtype, run.probes[workload.name], workload, shape, speeds)
-        rows.append((entry.title, spread(speeds), ratio, percent))
-    limit = "of read bandwidth" if workload.is_decode else "of FMA peak"
-    print_table((workload.title, "tokens/s", "gpt2rs/peer", limit), rows)
-
-
-def share(dtype: str, probes: list[Probe], workload: Workload, shape: Shape, speeds: list[float]) -> str:
-    """Percent of the machine's limit in the same repeat, taking a peer's bytes to be those of the width."""
-    reached = []
-    for probe, speed in zip(probes, speeds, strict=True):
-        if isinstance(probe, str) or (workload.is_decode and dtype not in BYTES_PER_VALUE):
-            return "-"
+        cells = [entry.title, spread(speeds)]
+        for own in ours:
+            cells.append("" if own is entry else ratios(own.tokens_per_second[workload.name], speeds))
         if workload.is_decode:
-            gb_per_s = workload.bytes_per_second(speed, shape, BYTES_PER_VALUE[dtype]) / 1e9
-            reached.append(100 * gb_per_s / probe["read_gb_per_s"])
-        else:
-            gflop_per_s = workload.flops_per_second(speed, shape) / 1e9
-            reached.append(100 * gflop_per_s / probe["fma_gflop_per_s"])
-    return f"{median(reached):.0f} %"
+            cells.append(f"{entry.bytes_per_token(workload) / MEGABYTE:.1f}")
+        cells.append(share(entry, workload, run.probes[workload.name], run.course.shape))
+        rows.append(tuple(cells))
+    limit = ("MB/token", "of read bandwidth") if workload.is_decode else ("of the peak",)
+    new = f", {workload.new} new tokens" if workload.is_decode else ""
+    against = tuple(f"{entry.peer.title} {entry.variant}/row" for entry in ours)
+    print_table((workload.title + new, "tokens/s", *against, *limit), rows)
+
+
+def share(entry: Entry, workload: Workload, probes: list[Probe], shape: Shape) -> str:
+    """Percent of the machine's limit in the same repeat; for a prefill, of the peak of what is multiplied."""
+    if any(isinstance(probe, str) for probe in probes):
+        return "-"
+    limits = [probe for probe in probes if isinstance(probe, dict)]
+    # An older core can't measure all peaks.
+    limit = "read" if workload.is_decode else entry.multiplies if entry.multiplies in limits[0] else "float32"
+    work = entry.bytes_per_token(workload) if workload.is_decode else workload.flops_per_token(shape)
+    reached = [
+        100 * work * speed / 1e9 / probe[limit]
+        for probe, speed in zip(limits, entry.tokens_per_second[workload.name], strict=True)
+    ]
+    return f"{median(reached):.0f} %" + ("" if workload.is_decode else f" {limit}")
 
 
 def print_sizes(environments: dict[str, Environment]) -> None:
     print_table(
-        ("installed, with all it requires", "MB"),
+        ("installed, with all it requires", "MB", "NumPy's part"),
         [
-            (f"{PEERS[name].title} {found.version}", f"{found.installed_bytes / MEGABYTE:.0f}")
+            (
+                f"{PEERS[name].title} {found.version}",
+                f"{found.installed_bytes / MEGABYTE:.0f}",
+                f"{found.numpy_bytes / MEGABYTE:.0f}",
+            )
             for name, found in environments.items()
         ],
     )

@@ -12,6 +12,8 @@ import numpy as np
 from checkpoint import Weights
 from ctranslate2.specs import common_spec, transformer_spec
 
+from convert import write_sizes
+
 
 def convert(checkpoint: Path, folder: Path, variant: str) -> None:
     weights = Weights(checkpoint)
@@ -47,6 +49,10 @@ def convert(checkpoint: Path, folder: Path, variant: str) -> None:
     spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = end
     spec.validate()
     spec.optimize(quantization=None if variant == "float32" else variant)
+    # A tensor that is there twice, as the tied head is, stands as the other's name the second time.
+    stored = {name: value for name, value in spec.variables().items() if not isinstance(value, str)}
+    stored.pop("decoder/position_encodings/encodings")
+    write_sizes(folder, shape, sum(value.num_bytes() for value in stored.values()))
     spec.save(str(folder))
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import numpy as np
-from checkpoint import Weights
+from checkpoint import Weights, read_shape
+
+from convert import write_sizes
 
 FILE_TYPES = {
     "F16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16,
@@ -68,6 +70,14 @@ def quantize(source: Path, path: Path, variant: str) -> None:
         raise RuntimeError(f"llama_model_quantize gave {status} for {variant}")
 
 
+def bytes_of_a_step(path: Path) -> int:
+    tensors = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    gathered = {"position_embd.weight"}
+    if "output.weight" in tensors:
+        gathered.add("token_embd.weight")
+    return sum(size for name, size in tensors.items() if name not in gathered)
+
+
 if __name__ == "__main__":
     checkpoint, folder, variant = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     target = folder / "model.gguf"
@@ -76,3 +86,4 @@ if __name__ == "__main__":
         source = target.rename(folder / "float32.gguf")
         quantize(source, target, variant)
         source.unlink()
+    write_sizes(folder, read_shape(checkpoint), bytes_of_a_step(target))

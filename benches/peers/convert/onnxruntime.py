@@ -14,6 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
+from convert import write_sizes
+
 MICROSOFT = "com.microsoft"
 
 
@@ -93,9 +95,19 @@ def build(weights: Weights) -> onnx.ModelProto:
     )
 
 
+def bytes_of_a_step(model: onnx.ModelProto) -> int:
+    gathered = {node.input[0] for node in model.graph.node if node.op_type == "Gather"}
+    return sum(
+        numpy_helper.to_array(tensor).nbytes
+        for tensor in model.graph.initializer
+        if tensor.name not in gathered
+    )
+
+
 def convert(checkpoint: Path, folder: Path, variant: str) -> None:
     target = folder / "model.onnx"
-    model = build(Weights(checkpoint))
+    weights = Weights(checkpoint)
+    model = build(weights)
     if variant == "float32":
         onnx.save(model, target)
     elif variant == "int8-dynamic":
@@ -114,6 +126,7 @@ def convert(checkpoint: Path, folder: Path, variant: str) -> None:
         quantizer = MatMulNBitsQuantizer(model, algo_config=settings)
         quantizer.process()
         quantizer.model.save_model_to_file(str(target))
+    write_sizes(folder, weights.shape, bytes_of_a_step(onnx.load(target)))
 
 
 if __name__ == "__main__":

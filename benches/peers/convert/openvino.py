@@ -16,6 +16,8 @@ from checkpoint import Weights
 from openvino import Node, opset13
 from openvino.op.util import Variable, VariableInfo
 
+from convert import write_sizes
+
 COMPRESSION = {
     "int8": {"mode": nncf.CompressWeightsMode.INT8_ASYM},
     "int4": {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": 64, "ratio": 1.0, "all_layers": True},
@@ -121,10 +123,25 @@ class Builder:
         )
 
 
+def bytes_of_a_step(model: openvino.Model, variant: str) -> int:
+    """In bfloat16 the matrices are rounded when the model is compiled: two bytes a value, not the four of the
+    file.
+    """
+    total = 0.0
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant" and not node.get_friendly_name().startswith("wpe."):
+            kind = node.get_element_type()
+            narrowed = variant == "bfloat16" and kind == openvino.Type.f32 and len(node.shape) == 2
+            total += np.prod(node.shape) * (2 if narrowed else kind.bitwidth / 8)
+    return int(total)
+
+
 def convert(checkpoint: Path, folder: Path, variant: str) -> None:
-    model = Builder(Weights(checkpoint)).build()
+    weights = Weights(checkpoint)
+    model = Builder(weights).build()
     if variant in COMPRESSION:
         model = nncf.compress_weights(model, **COMPRESSION[variant])
+    write_sizes(folder, weights.shape, bytes_of_a_step(model, variant))
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 
 

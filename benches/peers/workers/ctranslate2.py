@@ -2,10 +2,10 @@
 
 import ctranslate2
 
-from workers.protocol import Run, Tokens, serve, timed_whole
+from workers.protocol import Loaded, Tokens, loaded, serve, timed_whole
 
 
-def load(model: str, variant: str, n_threads: int) -> Run:
+def load(model: str, variant: str, n_threads: int) -> Loaded:
     generator = ctranslate2.Generator(
         model,
         device="cpu",
@@ -28,7 +28,7 @@ def load(model: str, variant: str, n_threads: int) -> Run:
         )
         return [result.sequences_ids[0] for result in results]
 
-    return timed_whole(generate)
+    return loaded(timed_whole(generate), model, 4)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from workers.protocol import Run, Tokens, serve, timed_steps
+from workers.protocol import Loaded, Tokens, loaded, serve, timed_steps
 
 N_CTX = 1024
 
@@ -27,13 +27,15 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp could not load {model}")
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.n_threads = n_threads
-        self.contexts: dict[int, object] = {}
+        self.contexts: dict[tuple[int, int], object] = {}
         self.batch = llama_cpp.llama_batch_init(N_CTX, 0, 1)
 
-    def context_for(self, n_sequences: int) -> object:
-        if n_sequences not in self.contexts:
+    def context_for(self, n_sequences: int, n_tokens: int) -> object:
+        """`n_tokens` of each sequence; one sequence has all positions, so that it stays with one context."""
+        room = N_CTX if n_sequences == 1 else 256 * -(-n_tokens // 256)
+        if (n_sequences, room) not in self.contexts:
             settings = llama_cpp.llama_context_default_params()
-            settings.n_ctx = N_CTX * n_sequences
+            settings.n_ctx = room * n_sequences
             settings.n_seq_max = n_sequences
             settings.n_batch = N_CTX
             settings.n_threads = self.n_threads
@@ -41,8 +43,8 @@ class LlamaCpp:
             context = llama_cpp.llama_init_from_model(self.model, settings)
             if not context:
                 raise RuntimeError(f"llama.cpp could not make a context of {n_sequences} sequences")
-            self.contexts[n_sequences] = context
-        return self.contexts[n_sequences]
+            self.contexts[n_sequences, room] = context
+        return self.contexts[n_sequences, room]
 
     def decode(self, rows: list[tuple[int, int, int, bool]]) -> list[int]:
         """Take in rows of (token, position, sequence, logits wanted); the best next token where wanted."""
@@ -64,7 +66,7 @@ class LlamaCpp:
         return best
 
     def prefill(self, prompts: Tokens, n_new: int) -> list[int]:
-        self.context = self.context_for(len(prompts))
+        self.context = self.context_for(len(prompts), len(prompts[0]) + n_new)
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
         self.position = len(prompts[0])
         return self.decode(
@@ -81,9 +83,9 @@ class LlamaCpp:
         return best
 
 
-def load(model: str, variant: str, n_threads: int) -> Run:
+def load(model: str, variant: str, n_threads: int) -> Loaded:
     peer = LlamaCpp(str(Path(model) / "model.gguf"), n_threads)
-    return timed_steps(peer.prefill, peer.step)
+    return loaded(timed_steps(peer.prefill, peer.step), model, 2)
 
 
 if __name__ == "__main__":

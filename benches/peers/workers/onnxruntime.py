@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from workers.protocol import Run, Tokens, serve, timed_steps
+from workers.protocol import Loaded, Tokens, loaded, serve, timed_steps
 
 
 class OnnxRuntime:
@@ -60,9 +60,9 @@ class OnnxRuntime:
         return self.forward(np.array(last, np.int64)[:, None])
 
 
-def load(model: str, variant: str, n_threads: int) -> Run:
+def load(model: str, variant: str, n_threads: int) -> Loaded:
     peer = OnnxRuntime(str(Path(model) / "model.onnx"), n_threads)
-    return timed_steps(peer.prefill, peer.step)
+    return loaded(timed_steps(peer.prefill, peer.step), model, 4)
 
 
 if __name__ == "__main__":

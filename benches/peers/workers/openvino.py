@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import openvino
 
-from workers.protocol import Run, Tokens, serve, timed_steps
+from workers.protocol import Loaded, Tokens, loaded, serve, timed_steps
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+CACHE_BYTES = {"float32": 4.0, "bfloat16": 2.0}
+# A scale and a zero point, float32 both, for the 64 values of a head.
+UINT8_BYTES = 1 + 2 * 4 / 64
 
 
 class OpenVino:
@@ -40,7 +43,7 @@ class OpenVino:
         return self.forward(np.array(last, np.int64)[:, None])
 
 
-def load(model: str, variant: str, n_threads: int) -> Run:
+def load(model: str, variant: str, n_threads: int) -> Loaded:
     settings: dict[str, object] = {
         "INFERENCE_NUM_THREADS": n_threads,
         "NUM_STREAMS": 1,
@@ -50,7 +53,7 @@ def load(model: str, variant: str, n_threads: int) -> Run:
     if variant in PRECISIONS:
         settings["KV_CACHE_PRECISION"] = PRECISIONS[variant]
     peer = OpenVino(str(Path(model) / "model.xml"), settings)
-    return timed_steps(peer.prefill, peer.step)
+    return loaded(timed_steps(peer.prefill, peer.step), model, CACHE_BYTES.get(variant, UINT8_BYTES))
 
 
 if __name__ == "__main__":

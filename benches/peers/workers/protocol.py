@@ -1,8 +1,9 @@
 """How run.py and a peer talk: one JSON line in, one JSON line out.
 
 A worker is started as `python -m workers.PEER --model PATH --variant NAME --threads N`. It loads, says
-`{"ready": true}` or `{"error": REASON}`, and then answers requests `{"prompts": [[id, ...], ...],
-"new_tokens": n}` with `{"prefill_s": ..., "decode_s": ..., "tokens": [[id, ...], ...]}`: greedy tokens, one
+`{"weight_bytes": ..., "cache_bytes": ...}` or `{"error": REASON}`, and then answers requests
+`{"prompts": [[id, ...], ...], "new_tokens": n}` with
+`{"prefill_s": ..., "decode_s": ..., "tokens": [[id, ...], ...]}`: greedy tokens, one
 list a prompt; `prefill_s` includes the choice of the first token. Between requests it waits for its standard
 input.
 """
@@ -13,12 +14,31 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Tokens = list[list[int]]
 Answer = dict[str, Any]
 # (prompts, number of new tokens) -> answer
 Run = Callable[[Tokens, int], Answer]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A peer that is ready; `weight_bytes` are read in each decode step, `cache_bytes` are a position's keys
+    and values.
+    """
+
+    run: Run
+    weight_bytes: int
+    cache_bytes: float
+
+
+def loaded(run: Run, model: str, bytes_per_cache_value: float) -> Loaded:
+    """Of a converted model, whose sizes lie beside it (see convert/)."""
+    sizes = json.loads((Path(model) / "sizes.json").read_text())
+    return Loaded(run, sizes["weight_bytes"], bytes_per_cache_value * sizes["cache_values"])
 
 
 def timed_steps(
@@ -59,7 +79,7 @@ def timed_whole(generate: Callable[[Tokens, int], Tokens]) -> Run:
     return run
 
 
-def serve(load: Callable[[str, str, int], Run]) -> None:
+def serve(load: Callable[[str, str, int], Loaded]) -> None:
     """Load the peer by `load(model path, variant, threads)` and answer requests until its input ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
@@ -74,15 +94,15 @@ def serve(load: Callable[[str, str, int], Run]) -> None:
         answers.write(json.dumps(message) + "\n")
 
     try:
-        run = load(arguments.model, arguments.variant, arguments.threads)
+        loaded = load(arguments.model, arguments.variant, arguments.threads)
     except Exception as error:
         answer({"error": f"{type(error).__name__}: {error}"})
         sys.exit(1)
-    answer({"ready": True})
+    answer({"weight_bytes": loaded.weight_bytes, "cache_bytes": loaded.cache_bytes})
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer(run(request["prompts"], request["new_tokens"]))
+            answer(loaded.run(request["prompts"], request["new_tokens"]))
         except Exception as error:
             answer({"error": f"{type(error).__name__}: {error}"})
     # Some peers' exit handlers take long or fail; nothing is left to be saved.

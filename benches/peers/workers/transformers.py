@@ -3,7 +3,7 @@
 import torch
 from transformers import DynamicCache, GPT2LMHeadModel
 
-from workers.protocol import Run, Tokens, serve, timed_steps
+from workers.protocol import Loaded, Tokens, serve, timed_steps
 
 
 class Transformers:
@@ -24,10 +24,15 @@ class Transformers:
         return self.forward(torch.tensor(last)[:, None])
 
 
-def load(model: str, variant: str, n_threads: int) -> Run:
+def load(model: str, variant: str, n_threads: int) -> Loaded:
     torch.set_num_threads(n_threads)
     peer = Transformers(model, getattr(torch, variant))
-    return timed_steps(peer.prefill, peer.step)
+    # parameters() has a tied head once.
+    weight_bytes = sum(parameter.nbytes for parameter in peer.model.parameters())
+    weight_bytes -= peer.model.transformer.wpe.weight.nbytes
+    config = peer.model.config
+    cache_bytes = 2 * config.n_layer * config.n_embd * getattr(torch, variant).itemsize
+    return Loaded(timed_steps(peer.prefill, peer.step), weight_bytes, cache_bytes)
 
 
 if __name__ == "__main__":
