@@ -9,9 +9,9 @@ Importing this loads NumPy and the compiled core, nothing else; tokenizers and h
 
 from ._core import Config, __version__
 from .gpt2 import GPT2
-from .results import Result, Score
+from .results import Result, Score, Speculation
 from .session import Session
 from .settings import Settings
 from .streaming import Stream
 
-__all__ = ["GPT2", "Config", "Result", "Score", "Session", "Settings", "Stream", "__version__"]
+__all__ = ["GPT2", "Config", "Result", "Score", "Session", "Settings", "Speculation", "Stream", "__version__"]
