@@ -86,7 +86,9 @@ impl Speculator {
             return Err(Error::Setting {
                 setting: "assistant_model",
                 value: format!("a model with a vocabulary of {found} tokens"),
-                expected: format!("one with the vocabulary of the model that it drafts for, {n_vocab} tokens"),
+                expected: format!(
+                    "one with the vocabulary of the model that it drafts for, {n_vocab} tokens"
+                ),
             });
         }
         let source = Source::Draft { sequence: Sequence::new(draft), policy: DraftPolicy::default() };

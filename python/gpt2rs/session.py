@@ -77,8 +77,8 @@ class Session:
         ended them.
 
         Takes the settings that choose a token: `decode(1)` n times gives the tokens of `decode(n)`, with a
-        seed. ValueError for an empty sequence, and when the sequence is full.  With `prompt_lookup_num_tokens`
-        or `assistant_model`, what was learnt about proposals is kept for the next call with the same ones.
+        seed. ValueError for an empty sequence, and when the sequence is full.  What was learnt about the
+        proposals of `prompt_lookup_num_tokens` or `assistant_model` is kept for the next call with the same.
         """
         n = check_count("n", n)
         for name in _NOT_FOR_DECODE:

@@ -232,7 +232,7 @@ class Settings:
         if self.context_overflow == "slide":
             room = DEFAULT_MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
             if self.speculates and prompt_len + room > n_ctx:
-                name = "assistant_model" if self.prompt_lookup_num_tokens is None else "prompt_lookup_num_tokens"
+                name = "prompt_lookup_num_tokens" if self.assistant_model is None else "assistant_model"
                 raise ValueError(
                     f'context_overflow is "slide", and prompt and text may have {prompt_len + room} tokens; '
                     f"with {name} they must fit in the {n_ctx} positions of the model (n_ctx)"

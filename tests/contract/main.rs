@@ -14,6 +14,7 @@ use gpt2rs::weights::{Dtype, Origin};
 mod calls;
 mod every_way;
 mod floating_point_mode;
+mod speculation;
 
 /// No size is a whole number of registers, a head's 20 channels neither, and the vocabulary ends inside a panel.
 const ODD: &str =
