@@ -223,10 +223,6 @@ class TestCounts:
         # A draft draws by the same random bits, so that where distributions are equal the tokens are.
         logits = np.random.default_rng(0).normal(size=40)
         head = {"max_new_tokens": 150, "eos_token_id": None, **kind}
-        large = gpt2rs.GPT2.from_config(
-            {"n_layer": 2, "n_head": 1, "n_embd": 64, "n_positions": 256, "vocab_size": 40}
-        )
-        del large
         model = wide(logits, 64)
         counts = model.generate([7], assistant_model=wide(logits, 2), **head).speculation
         assert counts is not None
@@ -237,6 +233,21 @@ class TestCounts:
             [1, 2], max_new_tokens=50, eos_token_id=None, assistant_model=plain
         ).speculation
         assert counts == gpt2rs.Speculation(0, 0, 49)
+
+    def test_a_draft_that_knows_nothing_does_no_harm(self) -> None:
+        model = constant_logits([0.0, 2.0, 1.0])
+        choice: dict[str, Any] = {"max_new_tokens": 60, "temperature": 1.0, "seed": 5, "eos_token_id": None}
+        expected = model.generate([1], **choice)
+        lost = gpt2rs.GPT2.from_params(
+            {
+                "wte": np.ones((3, 1), np.float32),
+                "wpe": np.zeros((256, 1), np.float32),
+                "blocks": [],
+                "ln_f": {"g": np.zeros(1, np.float32), "b": np.full(1, np.nan, np.float32)},
+            },
+            n_head=1,
+        )
+        assert without_counts(model.generate([1], assistant_model=lost, **choice)) == expected
 
 
 def wide(logits: Any, n_embd: int) -> gpt2rs.GPT2:
