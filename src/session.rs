@@ -58,9 +58,19 @@ impl Sequence {
         (!self.logits.is_empty()).then_some(&self.logits)
     }
 
-    /// Becomes a sequence of these tokens; what it began with in common stays computed.
+    /// Whether nothing of it has been computed.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.cache.is_empty()
+    }
+
+    /// How many tokens it begins with in common with others.
+    pub(crate) fn common(&self, tokens: &[u32]) -> usize {
+        self.tokens.iter().zip(tokens).take_while(|(own, other)| own == other).count()
+    }
+
+    /// Becomes a sequence of these tokens; what it begins with in common stays computed.
     pub(crate) fn follow(&mut self, model: &Model, tokens: &[u32]) -> Result<()> {
-        let common = self.tokens.iter().zip(tokens).take_while(|(own, other)| own == other).count();
+        let common = self.common(tokens);
         self.truncate(common);
         self.push(model, &tokens[common..])
     }

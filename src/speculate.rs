@@ -242,6 +242,7 @@ fn write(
     scratch: &mut DecodeScratch,
     proceed: Proceed<'_>,
 ) -> Result<()> {
+    share_beginnings(draft, &mut drafting, proceed)?;
     while !drafting.is_empty() {
         let (mut sequences, samplings): (Vec<&mut Sequence>, Vec<&Sampling>) =
             drafting.iter_mut().map(|text| (&mut *text.sequence, &*text.sampling)).unzip();
@@ -256,6 +257,29 @@ fn write(
                 if text.sampling.eos_token_ids.contains(&sample.token) { 0 } else { text.length - 1 };
         }
         drafting.retain(|text| text.length > 0);
+    }
+    Ok(())
+}
+
+/// Texts that begin alike, as those for one prompt do, let the draft model read that once.
+fn share_beginnings(draft: &Model, drafting: &mut [Drafting<'_>], proceed: Proceed<'_>) -> Result<()> {
+    /// A shorter beginning is read together with the rest.
+    const SHORTEST: usize = 16;
+    for i in 1..drafting.len() {
+        let (before, after) = drafting.split_at_mut(i);
+        let Drafting { sequence, .. } = &mut after[0];
+        if !sequence.is_fresh() {
+            continue;
+        }
+        let alike = before.iter_mut().map(|other| (other.sequence.common(sequence.tokens()), other));
+        if let Some((common, other)) = alike.max_by_key(|(common, _)| *common)
+            && common >= SHORTEST
+        {
+            other.sequence.logits(draft, proceed)?;
+            let mut fork = other.sequence.clone();
+            fork.follow(draft, sequence.tokens())?;
+            **sequence = fork;
+        }
     }
     Ok(())
 }

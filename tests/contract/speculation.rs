@@ -221,7 +221,7 @@ fn more_than_a_pass_takes() {
     let model = model(LONG, Dtype::F32, Dtype::F32, fastest(), 2);
     let draft = self::model(LONG, Dtype::BF16, Dtype::BF16, fastest(), 2);
     let prompt = phrases(0, MAX_ROWS + 60, 40);
-    for n_texts in [1, 40, 130] {
+    for n_texts in [1, 3, 40, 130] {
         for drafts in [false, true] {
             let first = prefilled(&model, &prompt);
             let mut batch = Batch {

@@ -224,9 +224,17 @@ class TestCounts:
         logits = np.random.default_rng(0).normal(size=40)
         head = {"max_new_tokens": 150, "eos_token_id": None, **kind}
         model = wide(logits, 64)
-        counts = model.generate([7], assistant_model=wide(logits, 2), **head).speculation
-        assert counts is not None
-        assert counts.accepted == counts.proposed > 100
+        # Texts for one prompt share its keys and values, the draft's too.
+        number = {"num_return_sequences": 3} if kind else {}
+        prompt = list(range(20))
+        found = model.generate(prompt, assistant_model=wide(logits, 2), **head, **number)
+        for result in found if isinstance(found, list) else [found]:
+            counts = result.speculation
+            assert counts is not None
+            assert counts.accepted == counts.proposed > 60
+        expected = model.generate(prompt, **head, **number)
+        if isinstance(found, list):
+            assert [without_counts(result) for result in found] == expected
 
     def test_a_draft_as_large_as_the_model_is_not_asked(self, plain: gpt2rs.GPT2) -> None:
         counts = plain.generate(
