@@ -180,7 +180,7 @@ impl Figure {
                 let tokens = token_ids(model, steps, sequences);
                 let start = Instant::now();
                 for token in tokens.chunks(1) {
-                    let runs = caches.iter_mut().map(|cache| Run { tokens: token, cache, wanted: true });
+                    let runs = caches.iter_mut().map(|cache| Run { tokens: token, cache, wanted: 1 });
                     model.forward(&mut runs.collect::<Vec<_>>(), Wanted::Last(&mut logits), &|| true)?;
                 }
                 start.elapsed()
@@ -207,8 +207,8 @@ fn prefill(model: &Model, cache: &mut KvCache, tokens: &[u32]) -> Result<()> {
     let mut logits = vec![0.0; model.config().n_vocab];
     let end = cache.len() + tokens.len();
     for tokens in tokens.chunks(MAX_ROWS) {
-        let wanted = cache.len() + tokens.len() == end;
-        let logits = if wanted { &mut logits[..] } else { &mut [] };
+        let wanted = usize::from(cache.len() + tokens.len() == end);
+        let logits = if wanted == 1 { &mut logits[..] } else { &mut [] };
         model.forward(&mut [Run { tokens, cache, wanted }], Wanted::Last(logits), &|| true)?;
     }
     Ok(())

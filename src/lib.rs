@@ -18,7 +18,7 @@
 //! Modules, from what imports nothing to what imports all: [`error`], [`simd`], [`pool`], [`mapped`], [`philox`] and
 //! [`config`]; [`checkpoint`] (where a file's tensors are); [`ops`] (one file an operation); [`kv_cache`]; [`weights`]
 //! (tensors packed for the kernels); [`parallel`] (operations cut over threads); [`model`] (GPT-2); [`sample`];
-//! [`session`] (prefill and decode).
+//! [`session`] (prefill and decode); [`speculate`] (several tokens a pass).
 
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
@@ -44,4 +44,5 @@ pub mod save;
 pub mod session;
 #[allow(unsafe_code)]
 pub mod simd;
+pub mod speculate;
 pub mod weights;

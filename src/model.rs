@@ -55,13 +55,13 @@ pub struct Run<'a> {
     pub tokens: &'a [u32],
     /// The sequence's cache, grown by as many positions.
     pub cache: &'a mut KvCache,
-    /// Whether its last row is wanted, by [`Wanted::Last`].
-    pub wanted: bool,
+    /// How many of its last rows are wanted, by [`Wanted::Last`].
+    pub wanted: usize,
 }
 
 /// What a pass gives.
 pub enum Wanted<'a> {
-    /// (wanted runs, V): logits of their last tokens.
+    /// (wanted rows, V): logits of the last tokens of each run.
     Last(&'a mut [f32]),
     /// (rows, V): logits of all tokens of all runs.
     All(&'a mut [f32]),
@@ -155,7 +155,7 @@ impl Model {
     /// [`Error::TokenOutOfRange`], [`Error::ContextOverflow`], [`Error::Cancelled`].
     ///
     /// # Panics
-    /// When there are too many rows, no tokens in a run, or the output has another size.
+    /// When there are too many rows, no tokens in a run, more rows wanted than it has, or the output has another size.
     pub fn forward(
         &self,
         runs: &mut [Run<'_>],
@@ -208,9 +208,9 @@ impl Model {
             Wanted::Last(out) => {
                 let ends = runs.iter().scan(0, |end, run| {
                     *end += run.tokens.len();
-                    Some((run.wanted, *end - 1))
+                    Some((run.wanted, *end))
                 });
-                let rows: Vec<usize> = ends.filter_map(|(wanted, row)| wanted.then_some(row)).collect();
+                let rows: Vec<usize> = ends.flat_map(|(wanted, end)| end - wanted..end).collect();
                 last.shape(rows.len(), self.config.n_embd);
                 for (i, row) in rows.into_iter().enumerate() {
                     last.row_mut(i).copy_from_slice(x.row(row));
@@ -227,6 +227,7 @@ impl Model {
         let mut tokens = Vec::new();
         for run in runs {
             assert!(!run.tokens.is_empty(), "a run without tokens");
+            assert!(run.wanted <= run.tokens.len(), "more rows wanted than the run has");
             let position = run.cache.len();
             let wanted = position + run.tokens.len();
             if wanted > n_ctx {

@@ -7,6 +7,7 @@ use crate::model::Options;
 use crate::sample::{Sample, Sampling, Scratch};
 use crate::session::{self, DecodeScratch, Proceed, Sequence};
 use crate::simd::Isa;
+use crate::speculate::{self, Step, Text};
 use crate::weights::{self, Dtype, Origin};
 use crate::{checkpoint, config, model, probe, save};
 use numpy::{
@@ -395,15 +396,16 @@ fn prefill(py: Python<'_>, mut sessions: Vec<PyRefMut<'_, Session>>, prompts: Ve
     compute(py, |proceed| session::prefill(&model, &mut sequences, &prompts, proceed))
 }
 
+thread_local! {
+    static SCRATCH: RefCell<DecodeScratch> = RefCell::default();
+}
+
 #[pyfunction]
 fn decode(
     py: Python<'_>,
     mut sessions: Vec<PyRefMut<'_, Session>>,
     samplers: Vec<PyRef<'_, Sampler>>,
 ) -> PyResult<Vec<PySample>> {
-    thread_local! {
-        static SCRATCH: RefCell<DecodeScratch> = RefCell::default();
-    }
     let Some((model, mut sequences)) = batch(&mut sessions, samplers.len())? else { return Ok(Vec::new()) };
     let samplings: Vec<&Sampling> = samplers.iter().map(|sampler| &sampler.0).collect();
     let samples = compute(py, |proceed| {
@@ -411,6 +413,69 @@ fn decode(
             .with_borrow_mut(|scratch| session::decode(&model, &mut sequences, &samplings, scratch, proceed))
     })?;
     Ok(samples.into_iter().map(PySample).collect())
+}
+
+/// Where the proposals of one text come from.
+#[pyclass(module = "gpt2rs._core")]
+struct Speculator {
+    speculator: speculate::Speculator,
+    draft: Option<Arc<model::Model>>,
+}
+
+#[pymethods]
+impl Speculator {
+    #[staticmethod]
+    fn lookup(num_tokens: usize, max_ngram: usize) -> Speculator {
+        Speculator { speculator: speculate::Speculator::lookup(num_tokens, max_ngram), draft: None }
+    }
+    #[staticmethod]
+    fn draft(model: &Model, draft: &Model, num_tokens: usize) -> PyResult<Speculator> {
+        let speculator = speculate::Speculator::draft(&model.0, &draft.0, num_tokens)?;
+        Ok(Speculator { speculator, draft: Some(Arc::clone(&draft.0)) })
+    }
+}
+
+/// For each text its new tokens, how many were proposed, and how many of those were accepted.
+#[pyfunction]
+fn decode_several(
+    py: Python<'_>,
+    mut sessions: Vec<PyRefMut<'_, Session>>,
+    samplers: Vec<PyRef<'_, Sampler>>,
+    mut speculators: Vec<PyRefMut<'_, Speculator>>,
+    rooms: Vec<usize>,
+) -> PyResult<Vec<(Vec<PySample>, usize, usize)>> {
+    let lengths = [samplers.len(), speculators.len(), rooms.len()];
+    if let Some(&other) = lengths.iter().find(|&&len| len != sessions.len()) {
+        let found = sessions.len();
+        return Err(PyValueError::new_err(format!("{found} sessions do not go with {other} others")));
+    }
+    let Some((model, sequences)) = batch(&mut sessions, samplers.len())? else { return Ok(Vec::new()) };
+    let draft = speculators.iter().find_map(|speculator| speculator.draft.clone());
+    let is_draft = |other: &Arc<model::Model>| draft.as_ref().is_some_and(|draft| Arc::ptr_eq(draft, other));
+    if speculators.iter().filter_map(|speculator| speculator.draft.as_ref()).any(|other| !is_draft(other)) {
+        return Err(PyValueError::new_err("the speculators of a batch must draft with one model"));
+    }
+    let mut texts: Vec<Text<'_>> = sequences
+        .into_iter()
+        .zip(&samplers)
+        .zip(&mut speculators)
+        .zip(rooms)
+        .map(|(((sequence, sampler), speculator), room)| Text {
+            sequence,
+            sampling: &sampler.0,
+            speculator: &mut speculator.speculator,
+            room,
+        })
+        .collect();
+    let steps = compute(py, |proceed| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            speculate::decode(&model, draft.as_deref(), &mut texts, scratch, proceed)
+        })
+    })?;
+    let to_python = |Step { samples, proposed, accepted }| {
+        (samples.into_iter().map(PySample).collect(), proposed, accepted)
+    };
+    Ok(steps.into_iter().map(to_python).collect())
 }
 
 /// How the tokens of one returned sequence are chosen.
@@ -530,8 +595,10 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Session>()?;
     module.add_class::<Sampler>()?;
     module.add_class::<PySample>()?;
+    module.add_class::<Speculator>()?;
     module.add_function(wrap_pyfunction!(prefill, module)?)?;
     module.add_function(wrap_pyfunction!(decode, module)?)?;
+    module.add_function(wrap_pyfunction!(decode_several, module)?)?;
     module.add_function(wrap_pyfunction!(probe_bandwidth, module)?)?;
     module.add_function(wrap_pyfunction!(probe_fma, module)?)
 }

@@ -47,10 +47,32 @@ impl Sequence {
     pub fn logits(&mut self, model: &Model, proceed: Proceed<'_>) -> Result<&[f32]> {
         if self.logits.is_empty() {
             let mut logits = vec![0.0; model.config().n_vocab];
-            compute(model, &mut [self], &mut logits, proceed)?;
+            compute(model, &mut [(self, 1)], &mut logits, proceed)?;
             self.logits = logits;
         }
         Ok(&self.logits)
+    }
+
+    /// The logits of the last token, where they are there without computing.
+    pub(crate) fn known_logits(&self) -> Option<&[f32]> {
+        (!self.logits.is_empty()).then_some(&self.logits)
+    }
+
+    /// Whether nothing of it has been computed.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.cache.is_empty()
+    }
+
+    /// How many tokens it begins with in common with others.
+    pub(crate) fn common(&self, tokens: &[u32]) -> usize {
+        self.tokens.iter().zip(tokens).take_while(|(own, other)| own == other).count()
+    }
+
+    /// Becomes a sequence of these tokens; what it begins with in common stays computed.
+    pub(crate) fn follow(&mut self, model: &Model, tokens: &[u32]) -> Result<()> {
+        let common = self.common(tokens);
+        self.truncate(common);
+        self.push(model, &tokens[common..])
     }
 
     fn pending(&self) -> usize {
@@ -58,7 +80,7 @@ impl Sequence {
     }
 
     /// Takes tokens in as pending.
-    fn push(&mut self, model: &Model, tokens: &[u32]) -> Result<()> {
+    pub(crate) fn push(&mut self, model: &Model, tokens: &[u32]) -> Result<()> {
         let n_vocab = model.config().n_vocab;
         if let Some(&token) = tokens.iter().find(|&&token| token as usize >= n_vocab) {
             return Err(Error::TokenOutOfRange { token, n_vocab });
@@ -90,11 +112,14 @@ pub fn prefill(
             sequence.push(model, prompt)?;
         }
         let n_vocab = model.config().n_vocab;
-        let mut stale: Vec<&mut Sequence> =
-            sequences.iter_mut().map(|sequence| &mut **sequence).filter(|s| s.logits.is_empty()).collect();
+        let mut stale: Vec<(&mut Sequence, usize)> = sequences
+            .iter_mut()
+            .filter(|sequence| sequence.logits.is_empty())
+            .map(|sequence| (&mut **sequence, 1))
+            .collect();
         let mut logits = vec![0.0; stale.len() * n_vocab];
         compute(model, &mut stale, &mut logits, proceed)?;
-        for (sequence, logits) in stale.into_iter().zip(logits.chunks_exact(n_vocab)) {
+        for ((sequence, _), logits) in stale.into_iter().zip(logits.chunks_exact(n_vocab)) {
             sequence.logits = logits.to_vec();
         }
         Ok(())
@@ -125,8 +150,11 @@ pub fn decode(
         return Err(Error::ContextOverflow { wanted: full.tokens.len() + 1, n_ctx });
     }
     let DecodeScratch { logits, sample } = scratch;
-    let mut stale: Vec<&mut Sequence> =
-        sequences.iter_mut().map(|sequence| &mut **sequence).filter(|s| s.logits.is_empty()).collect();
+    let mut stale: Vec<(&mut Sequence, usize)> = sequences
+        .iter_mut()
+        .filter(|sequence| sequence.logits.is_empty())
+        .map(|sequence| (&mut **sequence, 1))
+        .collect();
     logits.resize(stale.len() * n_vocab, 0.0);
     compute(model, &mut stale, logits, proceed)?;
     let mut computed = logits.chunks_exact(n_vocab);
@@ -148,46 +176,51 @@ pub fn decode(
 /// Memory that decoding uses again for each token.
 #[derive(Default)]
 pub struct DecodeScratch {
-    logits: Vec<f32>,
-    sample: Scratch,
+    pub(crate) logits: Vec<f32>,
+    pub(crate) sample: Scratch,
 }
 
-/// Computes all that is pending, and the last token's logits of every sequence, (sequences, V).
-fn compute(
+/// Computes all that is pending, and the logits of each sequence's last tokens, as many as are given with it (1 or more):
+/// (rows, V), those of one sequence after the other.
+pub(crate) fn compute(
     model: &Model,
-    sequences: &mut [&mut Sequence],
+    sequences: &mut [(&mut Sequence, usize)],
     logits: &mut [f32],
     proceed: Proceed<'_>,
 ) -> Result<()> {
-    for sequence in sequences.iter_mut() {
+    for (sequence, wanted) in sequences.iter_mut() {
         if sequence.tokens.is_empty() {
             return Err(Error::EmptySequence);
         }
         // Computed before, but its logits were not kept.
-        sequence.cache.truncate(sequence.tokens.len() - 1);
+        sequence.cache.truncate(sequence.tokens.len() - *wanted);
     }
     let n_vocab = model.config().n_vocab;
-    // Sequences that end in one pass are consecutive, so their logits are too.
-    let mut done = 0;
+    // Rows are in the order of the sequences, whatever the passes are, and so are their logits.
+    let (mut done, mut rows_done) = (0, 0);
     while done < sequences.len() {
         let mut room = MAX_ROWS;
         let mut runs = Vec::new();
         let mut ending = 0;
-        for sequence in &mut sequences[done..] {
-            let count = sequence.pending().min(room);
+        for (sequence, wanted) in &mut sequences[done..] {
+            let pending = sequence.pending();
+            let count = pending.min(room);
             if count == 0 {
                 break;
             }
             room -= count;
-            let wanted = count == sequence.pending();
-            ending += usize::from(wanted);
+            ending += usize::from(count == pending);
             let start = sequence.cache.len();
             let tokens = &sequence.tokens[start..start + count];
+            // Of the last rows, those that are in this pass.
+            let wanted = (*wanted + count).saturating_sub(pending).min(count);
             runs.push(Run { tokens, cache: &mut sequence.cache, wanted });
         }
-        let out = &mut logits[done * n_vocab..(done + ending) * n_vocab];
+        let rows: usize = runs.iter().map(|run| run.wanted).sum();
+        let out = &mut logits[rows_done * n_vocab..(rows_done + rows) * n_vocab];
         model.forward(&mut runs, Wanted::Last(out), proceed)?;
         done += ending;
+        rows_done += rows;
     }
     Ok(())
 }
@@ -265,7 +298,7 @@ fn passes(
     for (i, tokens) in tokens.chunks(rows).enumerate() {
         let range = i * rows..i * rows + tokens.len();
         let mut pass = |wanted: Wanted<'_>| {
-            model.forward(&mut [Run { tokens, cache: &mut cache, wanted: true }], wanted, proceed)
+            model.forward(&mut [Run { tokens, cache: &mut cache, wanted: 1 }], wanted, proceed)
         };
         each(&mut pass, range)?;
     }

@@ -23,6 +23,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("model", &["simd", "pool", "config", "ops", "kv_cache", "weights", "parallel"]),
     ("sample", &["simd", "philox", "ops"]),
     ("session", &["simd", "kv_cache", "model", "sample"]),
+    ("speculate", &["simd", "model", "sample", "session"]),
     ("probe", &["simd", "pool", "mapped"]),
 ];
 

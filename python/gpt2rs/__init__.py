@@ -10,7 +10,7 @@ Importing this loads NumPy and the compiled core, nothing else; tokenizers and h
 from ._core import Config, __version__
 from .fidelity import Fidelity, compare
 from .gpt2 import GPT2
-from .results import Result, Score
+from .results import Result, Score, Speculation
 from .session import Session
 from .settings import Settings
 from .streaming import Stream
@@ -23,6 +23,7 @@ __all__ = [
     "Score",
     "Session",
     "Settings",
+    "Speculation",
     "Stream",
     "__version__",
     "compare",

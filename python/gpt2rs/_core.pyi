@@ -13,8 +13,10 @@ __all__ = [
     "Sample",
     "Sampler",
     "Session",
+    "Speculator",
     "__version__",
     "decode",
+    "decode_several",
     "prefill",
     "probe_bandwidth",
     "probe_fma",
@@ -179,7 +181,22 @@ class Sample:
     @property
     def top_logprobs(self) -> list[tuple[int, float]]: ...
 
+@final
+class Speculator:
+    """Where the proposals of one text come from, and how well they did so far."""
+
+    @staticmethod
+    def lookup(num_tokens: int, max_ngram: int) -> Speculator: ...
+    @staticmethod
+    def draft(model: Model, draft: Model, num_tokens: int) -> Speculator: ...
+
 def prefill(sessions: Sequence[Session], prompts: Sequence[Sequence[int]]) -> None: ...
 def decode(sessions: Sequence[Session], samplers: Sequence[Sampler]) -> list[Sample]: ...
+def decode_several(
+    sessions: Sequence[Session],
+    samplers: Sequence[Sampler],
+    speculators: Sequence[Speculator],
+    rooms: Sequence[int],
+) -> list[tuple[list[Sample], int, int]]: ...
 def probe_bandwidth(n_threads: int) -> float: ...
 def probe_fma(n_threads: int) -> float: ...

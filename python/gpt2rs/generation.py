@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Generator, Sequence
 
 from . import _core
-from .results import FinishReason, Result
+from .results import FinishReason, Result, Speculation
 from .settings import Settings
 from .text import TextDecoder
 
@@ -51,6 +51,8 @@ class Text:
         self._logprobs: list[float] | None = [] if settings.logprobs or settings.top_logprobs else None
         self._top_logprobs: list[dict[int, float]] | None = [] if settings.top_logprobs else None
         self.sampler = settings.sampler(config, prompt_len=len(prompt), seed=seed, index=index)
+        self.speculator = settings.speculator(model)
+        self._steps = self._proposed = self._accepted = 0
         if self._room == 0:
             self._end("length")
 
@@ -58,6 +60,11 @@ class Text:
     def full(self) -> bool:
         """Whether prompt and text fill the context, so that the next token sees the last `n_ctx` alone."""
         return len(self.prompt) + len(self.tokens) >= self._n_ctx
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still come."""
+        return self._room - len(self.tokens)
 
     @property
     def all_tokens(self) -> list[int]:
@@ -80,6 +87,17 @@ class Text:
         elif len(self.tokens) == self._room:
             self._end("length")
 
+    def append_several(self, samples: Sequence[_core.Sample], proposed: int, accepted: int) -> None:
+        """Take in the tokens of one pass, up to the one that ends the text; the first `accepted` are of the
+        `proposed` ones."""
+        taken = 0
+        while taken < len(samples) and self.finish_reason is None:
+            self.append(samples[taken])
+            taken += 1
+        self._steps += 1
+        self._proposed += proposed
+        self._accepted += min(accepted, taken)
+
     def result(self, decode: Callable[[Sequence[int]], str]) -> Result:
         """The finished text; `decode` turns tokens into text where that was not done on the way."""
         assert self.finish_reason is not None
@@ -90,6 +108,10 @@ class Text:
             self._logprobs,
             self._top_logprobs,
             self._seed if self._settings.sampling else None,
+            # The first token follows from the prompt's pass.
+            Speculation(self._proposed, self._accepted, max(self._steps - 1, 0))
+            if self._settings.speculates
+            else None,
             _decode=decode if pieces is None else lambda _: "".join(pieces),
         )
 
@@ -101,7 +123,8 @@ class Text:
 
 
 def steps(model: _core.Model, texts: Sequence[Text]) -> Generator[None, None, None]:
-    """Write all `texts` to their end, yielding after each token that every text in work has got.
+    """Write all `texts` to their end, yielding after each pass, of which every text in work has got a token
+    or more.
 
     Equal prompts are computed once and share their keys and values.
     """
@@ -114,10 +137,7 @@ def steps(model: _core.Model, texts: Sequence[Text]) -> Generator[None, None, No
             return
         fitting = [text for text in active if not text.full]
         sliding = [text for text in active if text.full]
-        sessions = [text.session for text in fitting if text.session is not None]
-        samples = _core.decode(sessions, [text.sampler for text in fitting])
-        for text, sample in zip(fitting, samples, strict=True):
-            text.append(sample)
+        _advance(fitting)
         _slide(model, sliding)
         yield
 
@@ -126,6 +146,21 @@ def write(model: _core.Model, texts: Sequence[Text]) -> None:
     """Write all `texts` to their end."""
     for _ in steps(model, texts):
         pass
+
+
+def _advance(texts: Sequence[Text]) -> None:
+    """One pass over texts that have room in the context: of each the next token, or several where tokens are
+    proposed."""
+    sessions = [text.session for text in texts if text.session is not None]
+    samplers = [text.sampler for text in texts]
+    speculators = [text.speculator for text in texts if text.speculator is not None]
+    if speculators:
+        steps = _core.decode_several(sessions, samplers, speculators, [text.room for text in texts])
+        for text, step in zip(texts, steps, strict=True):
+            text.append_several(*step)
+    else:
+        for text, sample in zip(texts, _core.decode(sessions, samplers), strict=True):
+            text.append(sample)
 
 
 def _slide(model: _core.Model, texts: Sequence[Text]) -> None:

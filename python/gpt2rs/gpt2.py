@@ -316,7 +316,7 @@ class GPT2:
 
     def session(self) -> Session:
         """An empty sequence, to be filled and continued step by step."""
-        return Session(self._core.session(), self.config, self._encode)
+        return Session(self._core, self._core.session(), self._encode)
 
     def logits(self, prompt: Prompt) -> NDArray[np.float32]:
         """(T, V) float32: row i scores the token after the first i + 1.  ValueError for more than `n_ctx`

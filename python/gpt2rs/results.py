@@ -17,6 +17,25 @@ FinishReason: TypeAlias = Literal["length", "eos", "stop"]
 
 
 @dataclass(frozen=True)
+class Speculation:
+    """How proposals did in one text.
+
+    proposed: tokens that were proposed.  accepted: those of them that are part of the text.  passes: passes
+        of the model after the prompt's own, which gives the first token; plain decoding takes one for each
+        token more.
+    """
+
+    proposed: int
+    accepted: int
+    passes: int
+
+    @property
+    def acceptance_rate(self) -> float:
+        """`accepted` of `proposed`, 0 to 1; 0 where nothing was proposed."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+
+@dataclass(frozen=True)
 class Result:
     """One generated text; the prompt is not part of it.
 
@@ -28,6 +47,7 @@ class Result:
     top_logprobs: for each of `tokens`, the most likely ids at its place and their log-probabilities, best
         first; None unless asked for.
     seed: the seed that gives this text again; None where the choice was greedy.
+    speculation: how the proposals of `prompt_lookup_num_tokens` or `assistant_model` did; None without them.
     """
 
     tokens: list[int]
@@ -35,6 +55,7 @@ class Result:
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
     seed: int | None = None
+    speculation: Speculation | None = None
     _decode: Callable[[Sequence[int]], str] = field(repr=False, compare=False, kw_only=True)
 
     @cached_property

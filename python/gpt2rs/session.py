@@ -34,17 +34,18 @@ class Session:
 
     def __init__(
         self,
+        model: _core.Model,
         core: _core.Session,
-        config: _core.Config,
         encode: Callable[[Prompt], list[int]],
         *,
         prompt_len: int = 0,
     ) -> None:
         """Wrap a core session; use `GPT2.session()` to get one."""
+        self._model = model
         self._core = core
-        self._config = config
         self._encode = encode
         self._prompt_len = prompt_len
+        self._speculator: tuple[object, _core.Speculator | None] = (None, None)
 
     @property
     def pos(self) -> int:
@@ -76,7 +77,8 @@ class Session:
         ended them.
 
         Takes the settings that choose a token: `decode(1)` n times gives the tokens of `decode(n)`, with a
-        seed. ValueError for an empty sequence, and when the sequence is full.
+        seed. ValueError for an empty sequence, and when the sequence is full.  What was learnt about the
+        proposals of `prompt_lookup_num_tokens` or `assistant_model` is kept for the next call with the same.
         """
         n = check_count("n", n)
         for name in _NOT_FOR_DECODE:
@@ -85,20 +87,38 @@ class Session:
                     f"{name} is a setting of generate and stream; Session.decode does not take it"
                 )
         choice = Settings.of(settings)
-        sampler = choice.sampler(self._config, prompt_len=self._prompt_len, seed=choice.seeds(1)[0])
-        eos = frozenset(choice.eos_token_ids(self._config))
+        config = self._model.config
+        sampler = choice.sampler(config, prompt_len=self._prompt_len, seed=choice.seeds(1)[0])
+        speculator = self._speculator_of(choice)
+        eos = frozenset(choice.eos_token_ids(config))
         sessions, samplers = [self._core], [sampler]
         new: list[int] = []
         while len(new) < n:
-            new.append(_core.decode(sessions, samplers)[0].token)
+            if speculator is None:
+                samples = _core.decode(sessions, samplers)
+            else:
+                [(samples, _, _)] = _core.decode_several(sessions, samplers, [speculator], [n - len(new)])
+            new += [sample.token for sample in samples]
             if new[-1] in eos:
                 break
         return new
 
+    def _speculator_of(self, choice: Settings) -> _core.Speculator | None:
+        """That of the last call where its settings were the same."""
+        settings = (
+            choice.prompt_lookup_num_tokens,
+            choice.max_matching_ngram_size,
+            choice.assistant_model,
+            choice.num_assistant_tokens,
+        )
+        if self._speculator[0] != settings:
+            self._speculator = (settings, choice.speculator(self._model))
+        return self._speculator[1]
+
     def fork(self) -> Session:
         """A second sequence with the same tokens; keys and values are shared until one of the two changes
         them."""
-        return Session(self._core.fork(), self._config, self._encode, prompt_len=self._prompt_len)
+        return Session(self._model, self._core.fork(), self._encode, prompt_len=self._prompt_len)
 
     def truncate(self, n: int) -> None:
         """Forget all but the first `n` tokens; ValueError unless 0 <= n <= pos."""

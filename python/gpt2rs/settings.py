@@ -10,11 +10,12 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 
 from . import _core
+from ._core import Model as CoreModel
 from .ranges import (
     Check,
     Interval,
@@ -29,7 +30,16 @@ from .ranges import (
 )
 
 DEFAULT_MAX_NEW_TOKENS = 128
+DEFAULT_MATCHING_NGRAM_SIZE = 2
+DEFAULT_ASSISTANT_TOKENS = 20
 SEED_BITS = 64
+
+
+class HasCore(Protocol):
+    """A `GPT2`, as far as settings look at it."""
+
+    @property
+    def _core(self) -> CoreModel: ...
 
 
 class Options(TypedDict, total=False):
@@ -58,6 +68,10 @@ class Options(TypedDict, total=False):
     logprobs: bool
     top_logprobs: int
     context_overflow: Literal["error", "slide"]
+    prompt_lookup_num_tokens: int | None
+    max_matching_ngram_size: int
+    assistant_model: HasCore | None
+    num_assistant_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +128,20 @@ class Settings:
             above).
         top_logprobs: report those of the most likely tokens too, that many a position; implies `logprobs`.
 
+    Speed: several tokens a pass, the same ones.  What may follow is proposed, computed in one pass, and kept
+    as far as the model chooses the same; tokens, log-probabilities and texts are those without these
+    settings, greedy or sampled.  How many are proposed follows from how many were accepted so far, down to
+    none; `Result.speculation` counts them.  Not with context_overflow="slide" past `n_ctx`, and one of the
+    two at a time.
+        prompt_lookup_num_tokens: propose that many tokens at most of those that followed when the last tokens
+            of prompt and text occurred before; 1 or more, None is off.  Pays where a text repeats its prompt
+            or itself (Saxena 2023, "Prompt Lookup Decoding").
+        max_matching_ngram_size: how many last tokens to look for, 1 or more; then fewer, down to one.
+        assistant_model: a smaller `GPT2` of the same vocabulary that proposes tokens, chosen by these
+            settings and the same seed; None is off.  It has to read the prompt too.  (Leviathan et al. 2023,
+            arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318.)
+        num_assistant_tokens: how many it proposes at a time at most, 1 or more.
+
     Raises ValueError naming the setting, its value and its range.
     """
 
@@ -141,6 +169,10 @@ class Settings:
     logprobs: bool = False
     top_logprobs: int = 0
     context_overflow: Literal["error", "slide"] = "error"
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = DEFAULT_MATCHING_NGRAM_SIZE
+    assistant_model: HasCore | None = None
+    num_assistant_tokens: int = DEFAULT_ASSISTANT_TOKENS
 
     def __post_init__(self) -> None:
         """Replace every value that was given by its checked, plain Python form."""
@@ -159,6 +191,11 @@ class Settings:
             raise ValueError(
                 f"num_return_sequences is {self.num_return_sequences}, and greedy choice makes them all the "
                 "same; ask for sampling (do_sample=True, or a temperature above 0)"
+            )
+        if self.prompt_lookup_num_tokens is not None and self.assistant_model is not None:
+            raise ValueError(
+                f"prompt_lookup_num_tokens is {self.prompt_lookup_num_tokens}, and assistant_model is given, "
+                "too; tokens are proposed by one of them"
             )
 
     @staticmethod
@@ -184,11 +221,23 @@ class Settings:
         """The stop strings, as a tuple whatever they were given as."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens are proposed, so that a pass may give several."""
+        return self.prompt_lookup_num_tokens is not None or self.assistant_model is not None
+
     def room(self, prompt_len: int, n_ctx: int) -> int:
         """Tokens to generate after a prompt of `prompt_len` tokens; ValueError where they do not fit in
         `n_ctx`."""
         if self.context_overflow == "slide":
-            return DEFAULT_MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+            room = DEFAULT_MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+            if self.speculates and prompt_len + room > n_ctx:
+                name = "prompt_lookup_num_tokens" if self.assistant_model is None else "assistant_model"
+                raise ValueError(
+                    f'context_overflow is "slide", and prompt and text may have {prompt_len + room} tokens; '
+                    f"with {name} they must fit in the {n_ctx} positions of the model (n_ctx)"
+                )
+            return room
         left = n_ctx - prompt_len
         if left < 0 or (left == 0 and self.max_new_tokens is None):
             raise ValueError(
@@ -230,6 +279,17 @@ class Settings:
                 f"seed has {len(self.seed)} values; it must be one int, or one a prompt ({n_prompts})"
             )
         return list(self.seed)
+
+    def speculator(self, model: _core.Model) -> _core.Speculator | None:
+        """Where the proposals of one text come from; None where there are none.
+
+        ValueError for an `assistant_model` of another vocabulary than `model`'s.
+        """
+        if self.prompt_lookup_num_tokens is not None:
+            return _core.Speculator.lookup(self.prompt_lookup_num_tokens, self.max_matching_ngram_size)
+        if self.assistant_model is not None:
+            return _core.Speculator.draft(model, self.assistant_model._core, self.num_assistant_tokens)
+        return None
 
     def sampler(
         self,
@@ -313,6 +373,13 @@ def _context_overflow(name: str, value: Any) -> str:
     return str(value)
 
 
+def _assistant_model(name: str, value: Any) -> HasCore:
+    if not isinstance(getattr(value, "_core", None), CoreModel):
+        raise ValueError(f"{name} is {value!r}; it must be a gpt2rs.GPT2, or None")
+    model: HasCore = value
+    return model
+
+
 def check_count(name: str, value: Any) -> int:
     """`value` as an int of 0 or more; ValueError naming it otherwise."""
     count: int = _COUNT(name, value)
@@ -358,6 +425,10 @@ _CHECKS: dict[str, Check] = {
     "logprobs": boolean,
     "top_logprobs": _COUNT,
     "context_overflow": _context_overflow,
+    "prompt_lookup_num_tokens": optional(integer(1)),
+    "max_matching_ngram_size": integer(1),
+    "assistant_model": optional(_assistant_model),
+    "num_assistant_tokens": integer(1),
 }
 
 # Names that users of other libraries reach for, and that no spelling check would connect with ours.

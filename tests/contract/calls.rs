@@ -112,7 +112,7 @@ fn a_cancelled_pass_leaves_nothing_behind() {
         let asked = std::cell::Cell::new(0);
         let proceed = || asked.replace(asked.get() + 1) < layers;
         let mut logits = vec![0.0; 65 * 301];
-        let mut runs = [Run { tokens: &text(5, 65, 301), cache: &mut cache, wanted: true }];
+        let mut runs = [Run { tokens: &text(5, 65, 301), cache: &mut cache, wanted: 1 }];
         let outcome = model.forward(&mut runs, Wanted::All(&mut logits), &proceed);
         assert!(matches!(outcome, Err(Error::Cancelled)), "{outcome:?}");
         for mut cache in [cache, fork] {

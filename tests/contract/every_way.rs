@@ -75,7 +75,7 @@ impl Expected {
                 };
                 if !tokens.is_empty() {
                     ends.push((which, cache.len() + tokens.len()));
-                    runs.push(Run { tokens, cache, wanted: true });
+                    runs.push(Run { tokens, cache, wanted: 1 });
                 }
             }
             // Not always first.

@@ -14,6 +14,7 @@ use gpt2rs::weights::{Dtype, Origin};
 mod calls;
 mod every_way;
 mod floating_point_mode;
+mod speculation;
 
 /// No size is a whole number of registers, a head's 20 channels neither, and the vocabulary ends inside a panel.
 const ODD: &str =
@@ -105,7 +106,7 @@ fn fastest() -> Isa {
 /// `tokens` computed in one pass after what `cache` holds: logits of all, (tokens, V).
 fn pass(model: &Model, cache: &mut KvCache, tokens: &[u32]) -> Vec<f32> {
     let mut logits = vec![0.0; tokens.len() * model.config().n_vocab];
-    model.forward(&mut [Run { tokens, cache, wanted: true }], Wanted::All(&mut logits), GO_ON).unwrap();
+    model.forward(&mut [Run { tokens, cache, wanted: 1 }], Wanted::All(&mut logits), GO_ON).unwrap();
     logits
 }
 

@@ -243,6 +243,35 @@ class TestGenerate:
         assert [line.split()[0] for line in done.stderr.splitlines()] == ["load", "prompt", "first", "decode"]
         assert "11 tokens" in done.stderr
 
+    def test_several_tokens_a_pass(self, shakespeare: gpt2rs.GPT2) -> None:
+        flags = [
+            "--max-new-tokens",
+            "90",
+            "--prompt-lookup-num-tokens",
+            "6",
+            "--max-matching-ngram-size",
+            "3",
+        ]
+        result = shakespeare.generate(
+            PROMPT, max_new_tokens=90, prompt_lookup_num_tokens=6, max_matching_ngram_size=3
+        )
+        counts = result.speculation
+        assert counts is not None
+        assert counts.accepted > 0
+        done = run("generate", "--stats", *flags, PROMPT)
+        assert done.stdout == ended(shakespeare.generate(PROMPT, max_new_tokens=90).text)
+        assert f"proposed {counts.proposed} tokens, {counts.accepted} accepted (" in done.stderr
+        shown = json.loads(output("generate", "--json", *flags, PROMPT))
+        assert shown["speculation"] == {
+            "proposed": counts.proposed,
+            "accepted": counts.accepted,
+            "passes": counts.passes,
+        }
+        flags = ["--assistant-model", "shakespeare", "--num-assistant-tokens", "4", "--max-new-tokens", "9"]
+        shown = json.loads(output("generate", "--json", *flags, PROMPT))
+        assert shown["tokens"] == shakespeare.generate(PROMPT, max_new_tokens=9).tokens
+        assert shown["speculation"]["passes"] == 8
+
     def test_no_tokenizer_means_ids_in_and_out(self, plain: gpt2rs.GPT2) -> None:
         tokens = plain.generate([5, 6, 7], max_new_tokens=6, eos_token_id=None).tokens
         flags = ["--model", str(CASES["plain"]), "--max-new-tokens", "6", "--eos-token-id", "none"]
@@ -273,6 +302,8 @@ class TestMistakes:
             (["generate", "--context-overflow", "wrap", "x"], "context_overflow"),
             (["generate", "--max-new-tokens", "5000", "x"], "max_new_tokens"),
             (["generate", "--n", "2", "x"], "num_return_sequences"),
+            (["generate", "--prompt-lookup-num-tokens", "0", "x"], "prompt_lookup_num_tokens"),
+            (["generate", "--assistant-model", str(CASES["plain"]), "x"], "assistant_model"),
             (["generate", "--dtype", "int3", "x"], "int3"),
             (["generate", "--device", "abacus", "x"], "abacus"),
             (["generate", "--n-threads", "0", "x"], "n_threads"),

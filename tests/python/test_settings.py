@@ -70,6 +70,11 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("num_return_sequences", 0),
     ("logprobs", 3),
     ("top_logprobs", -1),
+    ("prompt_lookup_num_tokens", 0),
+    ("max_matching_ngram_size", 0),
+    ("max_matching_ngram_size", None),
+    ("assistant_model", "gpt2"),
+    ("num_assistant_tokens", 0),
     ("context_overflow", "crop"),
     ("context_overflow", None),
 ]

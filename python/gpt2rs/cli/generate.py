@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,10 +14,11 @@ from . import options
 from .options import flag
 
 if TYPE_CHECKING:
-    from gpt2rs import GPT2, Result, Stream
+    from gpt2rs import GPT2, Result, Speculation, Stream
 
 _SAMPLING = "Sampling"
 _SCORES = "Penalties and bans"
+_SPEED = "Several tokens a pass, the same text"
 _OUTPUT = "Output"
 _IDS: dict[str, Any] = {"parser": options.token_ids, "metavar": "IDS"}
 
@@ -65,6 +67,18 @@ def generate(
     logit_bias: Annotated[
         list[Any] | None,
         flag("Add to a logit. May be repeated.", panel=_SCORES, parser=options.biased_id, metavar="ID=BIAS"),
+    ] = None,
+    prompt_lookup_num_tokens: Annotated[
+        int | None, flag("Propose what followed before, up to so many tokens.", panel=_SPEED)
+    ] = None,
+    max_matching_ngram_size: Annotated[
+        int | None, flag("After as many tokens as these, or fewer. Default: 2.", panel=_SPEED)
+    ] = None,
+    assistant_model: Annotated[
+        str | None, flag("A smaller model that proposes; as --model, loaded alike.", panel=_SPEED)
+    ] = None,
+    num_assistant_tokens: Annotated[
+        int | None, flag("Up to so many tokens. Default: 20.", panel=_SPEED)
     ] = None,
     model: options.Model = options.BUILT_IN,
     dtype: options.Dtype = None,
@@ -115,20 +129,23 @@ def generate(
         "logit_bias": dict(logit_bias) if logit_bias else None,
         "logprobs": logprobs or None,
         "top_logprobs": top_logprobs,
+        "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
+        "max_matching_ngram_size": max_matching_ngram_size,
+        "num_assistant_tokens": num_assistant_tokens,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
 
     clock = _Clock()
-    gpt2 = options.open_model(
-        model,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        device=device,
-        n_threads=n_threads,
-        config=config,
-        revision=revision,
-        offline=offline,
-    )
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "kv_dtype": kv_dtype,
+        "device": device,
+        "n_threads": n_threads,
+        "offline": offline,
+    }
+    gpt2 = options.open_model(model, config=config, revision=revision, **how)
+    if assistant_model is not None:
+        settings["assistant_model"] = options.open_model(assistant_model, config=None, revision=None, **how)
     ids = gpt2._encode(given)
     has_text = _has_text(gpt2, given)
     clock.loaded()
@@ -141,6 +158,7 @@ def generate(
         if not as_json:
             print(shown or "", end="", flush=True)
         _follow(stream, clock, show=not as_json)
+        results = [stream.result]
         if as_json:
             _print_json(stream.result, shown, has_text)
     else:
@@ -159,6 +177,7 @@ def generate(
             )
     if stats:
         print(clock.report(gpt2, len(ids)), file=sys.stderr)
+        _report_speculation([result.speculation for result in results if result.speculation])
 
 
 def _has_text(gpt2: GPT2, prompt: str | list[int]) -> bool:
@@ -200,7 +219,19 @@ def _print_json(result: Result, prompt: str | None, has_text: bool) -> None:
         shown["top_logprobs"] = [list(top.items()) for top in result.top_logprobs]
     if result.seed is not None:
         shown["seed"] = result.seed
+    if result.speculation is not None:
+        shown["speculation"] = asdict(result.speculation)
     print(json.dumps(shown, ensure_ascii=False))
+
+
+def _report_speculation(texts: list[Speculation]) -> None:
+    """What --stats says of proposals, those of all texts together; nothing where there are none."""
+    if texts:
+        proposed, accepted = (sum(getattr(text, name) for text in texts) for name in ("proposed", "accepted"))
+        rate = f" ({accepted / proposed:.0%})" if proposed else ""
+        passes = sum(text.passes for text in texts)
+        line = f"proposed {proposed} tokens, {accepted} accepted{rate}, {passes} passes after the prompt's"
+        print(line, file=sys.stderr)
 
 
 class _Clock:
