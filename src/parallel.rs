@@ -8,9 +8,9 @@ use crate::kv_cache::Head;
 use crate::ops::attention::{self, Append, Attention, Cached};
 use crate::ops::embed::embed;
 use crate::ops::layernorm::LayerNorm;
-use crate::ops::matmul::{MatMul, Quantised, Then};
+use crate::ops::matmul::{MatMul, Quantised, Steps, Then};
 use crate::ops::pairs::{Bf16, Bf16Dots, F32, Int8};
-use crate::ops::panels::{Format, Int4Groups, Int8Groups, NR};
+use crate::ops::panels::{Int4Groups, Int8Groups, NR};
 use crate::ops::round::{QuantiseRows, RoundRows};
 use crate::ops::{Rows, padded_stride};
 use crate::pool::{Columns, Pool, share};
@@ -104,7 +104,7 @@ struct Scratch {
 #[derive(Default)]
 struct Inputs {
     pairs: Vec<[bf16; 2]>,
-    values: Vec<[i8; 4]>,
+    values: Vec<[[i8; 4]; 2]>,
     scales: Vec<f32>,
     starts: Vec<i32>,
 }
@@ -337,11 +337,11 @@ impl How {
                 isa.run_flushing(MatMul { x, rows, w: w.panels::<Bf16Dots>(), bias, then, out });
             }
             (Dtype::Int8, _) => {
-                let x = inputs.quantise(isa, x, Int8Groups::GROUP);
+                let x = inputs.quantise::<Int8Groups>(isa, x, w.rotation());
                 isa.run(MatMul { x, rows, w: w.panels::<Int8Groups>(), bias, then, out });
             }
             (Dtype::Int4, _) => {
-                let x = inputs.quantise(isa, x, Int4Groups::GROUP);
+                let x = inputs.quantise::<Int4Groups>(isa, x, w.rotation());
                 isa.run(MatMul { x, rows, w: w.panels::<Int4Groups>(), bias, then, out });
             }
         }
@@ -356,19 +356,21 @@ impl Inputs {
         Rows::new(&self.pairs, stride, x.columns.div_ceil(2))
     }
 
-    fn quantise(&mut self, isa: Isa, x: &Activations, group: usize) -> Quantised<'_> {
+    fn quantise<F: Steps>(&mut self, isa: Isa, x: &Activations, rotation: usize) -> Quantised<'_> {
+        let (group, sum) = (F::GROUP, F::SUM);
         let groups = x.columns.div_ceil(group);
-        let fours = groups * group / 4;
-        grow(&mut self.values, x.rows * fours);
+        let (steps, sums) = (groups * group / 8, groups * group / sum);
+        grow(&mut self.values, x.rows * steps);
         grow(&mut self.scales, x.rows * groups);
-        grow(&mut self.starts, x.rows * groups);
+        grow(&mut self.starts, x.rows * sums);
         let values = bytemuck::cast_slice_mut(&mut self.values);
         let (scales, starts) = (&mut self.scales[..], &mut self.starts[..]);
-        isa.run(QuantiseRows { x: x.view(), rows: x.rows, group, values, scales, starts });
+        let rows = x.rows;
+        isa.run(QuantiseRows { x: x.view(), rows, rotation, group, sum, values, scales, starts });
         Quantised {
-            values: Rows::new(&self.values, fours, fours),
+            values: Rows::new(&self.values, steps, steps),
             scales: Rows::new(&self.scales, groups, groups),
-            starts: Rows::new(&self.starts, groups, groups),
+            starts: Rows::new(&self.starts, sums, sums),
         }
     }
 }

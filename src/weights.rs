@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::mapped::{Arena, Slab};
 use crate::ops::pairs::{Bf16, F32};
 use crate::ops::panels::{Format, Int4Groups, Int8Groups, Panels};
+use crate::ops::round::rotation;
 use crate::philox::Normal;
 use half::bf16;
 use pack::{Planned, Values, pack_all};
@@ -79,6 +80,7 @@ pub struct Matrix {
     k: usize,
     n: usize,
     dtype: Dtype,
+    rotation: usize,
 }
 
 impl Matrix {
@@ -95,6 +97,11 @@ impl Matrix {
     /// The type of its elements.
     pub fn dtype(&self) -> Dtype {
         self.dtype
+    }
+
+    /// By how many values its columns were rotated, and inputs must be, too: see [`crate::ops::round::rotate`].
+    pub fn rotation(&self) -> usize {
+        self.rotation
     }
 
     /// The packed values.
@@ -155,8 +162,15 @@ fn packed_len(dtype: Dtype, k: usize, n: usize) -> usize {
 
 /// The type that matrix `name` of a model in `dtype` is held in.
 fn held_in(_config: &Config, name: &str, dtype: Dtype) -> Dtype {
-    let sensitive = name == "wte.weight" || name == "lm_head.weight";
+    let sensitive = false && name == "wte.weight" || name == "lm_head.weight";
     if dtype == Dtype::Int4 && sensitive { Dtype::Int8 } else { dtype }
+}
+
+/// By how many values the columns of matrix `name` are rotated. Those of the projections into the residual stream are,
+/// where they are rounded to integers: no LayerNorm has made their inputs even.
+fn rotated_by(name: &str, k: usize, dtype: Dtype) -> usize {
+    let rounded = matches!(dtype, Dtype::Int8 | Dtype::Int4);
+    if rounded && name.contains("c_proj") { rotation(k) } else { 1 }
 }
 
 /// Bytes of all weights of a model in `dtype`, as [`Weights::bytes`] will count them.
@@ -375,7 +389,8 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
 
     fn plan(&mut self, name: &str, values: Values<'a>, k: usize, n: usize, by_column: bool) -> Place {
         let dtype = held_in(self.config, name, self.dtype);
-        self.planned.push(Planned { values, k, n, by_column, dtype, start: self.end });
+        let rotation = rotated_by(name, k, dtype);
+        self.planned.push(Planned { values, k, n, by_column, dtype, rotation, start: self.end });
         self.end += packed_len(dtype, k, n);
         Place(self.planned.len() - 1)
     }
@@ -385,11 +400,12 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
             Arena::new(self.end).map_err(|source| Error::OutOfMemory { bytes: self.end, source })?;
         pack_all(&self.planned, arena.bytes_mut(), n_threads)?;
         let arena = arena.freeze();
-        let matrix = |&Planned { k, n, dtype, start, .. }: &Planned<'_>| Matrix {
+        let matrix = |&Planned { k, n, dtype, rotation, start, .. }: &Planned<'_>| Matrix {
             slab: Slab::new(&arena, start..start + packed_len(dtype, k, n)),
             k,
             n,
             dtype,
+            rotation,
         };
         Ok(self.planned.iter().map(matrix).collect())
     }

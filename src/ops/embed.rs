@@ -13,9 +13,8 @@ pub fn embed<F: Format>(wte: Panels<'_, F>, token: usize, wpe: &[f32], out: &mut
     assert!(token < wte.n());
     let mut rows = [[0.0; NR]; LONGEST];
     let rows = &mut rows[..F::GROUP];
-    let groups = wte.panel(panel).chunks_exact(F::GROUP_BYTES);
-    for ((out, position), group) in out.chunks_mut(F::GROUP).zip(wpe.chunks(F::GROUP)).zip(groups) {
-        F::decode(group, rows);
+    for (group, (out, position)) in out.chunks_mut(F::GROUP).zip(wpe.chunks(F::GROUP)).enumerate() {
+        F::decode(wte.panel(panel), group, rows);
         for ((out, position), row) in out.iter_mut().zip(position).zip(&*rows) {
             *out = row[lane] + position;
         }

@@ -15,7 +15,7 @@ use crate::pool::Columns;
 use crate::simd::{Kernel, LANES, Simd, load_partial};
 use std::ops::Range;
 
-pub use integers::Quantised;
+pub use integers::{Quantised, Steps};
 
 /// Rows of the tallest tile: 14 x 2 registers of sums leave four of 32 for weights and inputs.
 const TALLEST: usize = 14;
@@ -115,7 +115,10 @@ impl<F: Product> Kernel for MatMul<'_, F> {
         let panels = columns.start / NR..columns.end.div_ceil(NR);
         for first in (0..all).step_by(length) {
             let groups = first..(first + length).min(all);
-            let bytes = groups.start * F::GROUP_BYTES..groups.end * F::GROUP_BYTES;
+            let mut bytes = groups.start * F::GROUP_BYTES..groups.end * F::GROUP_BYTES;
+            if groups.end == all {
+                bytes.end += F::PANEL_BYTES;
+            }
             for panel in panels.clone() {
                 let piece = &self.w.panel(panel)[bytes.clone()];
                 if tiles == 1 {

@@ -21,19 +21,29 @@ pub trait Format: Copy + Send + Sync + 'static {
     const GROUP: usize;
     /// Bytes of a group: whole cache lines.
     const GROUP_BYTES: usize;
-    /// Writes a group of [`Format::GROUP`] rows.
-    fn encode(rows: &[[f32; NR]], group: &mut [u8]);
-    /// The values that a group stands for.
-    fn decode(group: &[u8], rows: &mut [[f32; NR]]);
+    /// Bytes that follow a panel's groups: whole cache lines.
+    const PANEL_BYTES: usize = 0;
+    /// Writes a panel of whole groups of rows.
+    fn encode(rows: &[[f32; NR]], panel: &mut [u8]) {
+        let groups = panel.chunks_exact_mut(Self::GROUP_BYTES);
+        for (rows, group) in rows.chunks_exact(Self::GROUP).zip(groups) {
+            Self::encode_group(rows, group);
+        }
+    }
+    /// Writes a group of rows, in formats whose panels are nothing but groups.
+    fn encode_group(rows: &[[f32; NR]], group: &mut [u8]);
+    /// The values that group `index` of a panel stands for.
+    fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]);
 }
 
-/// Bytes with a bfloat16 scale for each column of 64 rows: `(byte - 128) * scale`. Four rows lie side by side, then the
+/// Bytes with a bfloat16 scale for each column of 32 rows: `(byte - 128) * scale`. Four rows lie side by side, then the
 /// next columns, then the next four rows; the scales follow.
 #[derive(Clone, Copy)]
 pub struct Int8Groups;
 
-/// Half bytes with a bfloat16 scale for each column of 32 rows: `LEVELS[half byte] * scale`. Of eight rows, four lie in
-/// the bytes' lower halves and four in the upper ones; else as [`Int8Groups`].
+/// Half bytes: `LEVELS[half byte] * scale * factor`, with an int8 scale for each column of 16 rows, and a float32 factor
+/// for each column. Of eight rows, four lie in the bytes' lower halves and four in the upper ones; else as [`Int8Groups`].
+/// A group, 64 rows, ends with its four scales of each column, and a panel with its factors.
 #[derive(Clone, Copy)]
 pub struct Int4Groups;
 
@@ -44,7 +54,7 @@ impl Format for F32 {
     const GROUP: usize = 2;
     const GROUP_BYTES: usize = 8 * NR;
 
-    fn encode(rows: &[[f32; NR]], group: &mut [u8]) {
+    fn encode_group(rows: &[[f32; NR]], group: &mut [u8]) {
         let steps: &mut [[[f32; LANES]; 2]] = bytemuck::cast_slice_mut(group);
         for (register, step) in steps.iter_mut().enumerate() {
             for (out, row) in step.iter_mut().zip(rows) {
@@ -53,7 +63,8 @@ impl Format for F32 {
         }
     }
 
-    fn decode(group: &[u8], rows: &mut [[f32; NR]]) {
+    fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]) {
+        let group = &panel[index * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
         let steps: &[[[f32; LANES]; 2]] = bytemuck::cast_slice(group);
         for (register, step) in steps.iter().enumerate() {
             for (values, row) in step.iter().zip(rows.iter_mut()) {
@@ -67,14 +78,15 @@ impl Format for Bf16 {
     const GROUP: usize = 2;
     const GROUP_BYTES: usize = 4 * NR;
 
-    fn encode(rows: &[[f32; NR]], group: &mut [u8]) {
+    fn encode_group(rows: &[[f32; NR]], group: &mut [u8]) {
         let pairs: &mut [[bf16; 2]] = bytemuck::cast_slice_mut(group);
         for (pair, (&first, &second)) in pairs.iter_mut().zip(rows[0].iter().zip(&rows[1])) {
             *pair = [bf16::from_f32(second), bf16::from_f32(first)];
         }
     }
 
-    fn decode(group: &[u8], rows: &mut [[f32; NR]]) {
+    fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]) {
+        let group = &panel[index * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
         let pairs: &[[bf16; 2]] = bytemuck::cast_slice(group);
         for (column, [second, first]) in pairs.iter().enumerate() {
             (rows[0][column], rows[1][column]) = (first.to_f32(), second.to_f32());
@@ -86,12 +98,12 @@ impl Format for Bf16Dots {
     const GROUP: usize = Bf16::GROUP;
     const GROUP_BYTES: usize = Bf16::GROUP_BYTES;
 
-    fn encode(rows: &[[f32; NR]], group: &mut [u8]) {
-        Bf16::encode(rows, group);
+    fn encode_group(rows: &[[f32; NR]], group: &mut [u8]) {
+        Bf16::encode_group(rows, group);
     }
 
-    fn decode(group: &[u8], rows: &mut [[f32; NR]]) {
-        Bf16::decode(group, rows);
+    fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]) {
+        Bf16::decode(panel, index, rows);
     }
 }
 
@@ -99,7 +111,7 @@ impl Format for Int8Groups {
     const GROUP: usize = 32;
     const GROUP_BYTES: usize = (32 + 2) * NR;
 
-    fn encode(rows: &[[f32; NR]], group: &mut [u8]) {
+    fn encode_group(rows: &[[f32; NR]], group: &mut [u8]) {
         let (values, scales) = group.split_at_mut(Self::GROUP * NR);
         let mut inverse = [0.0; NR];
         for (column, scale) in bytemuck::cast_slice_mut::<u8, bf16>(scales).iter_mut().enumerate() {
@@ -115,7 +127,8 @@ impl Format for Int8Groups {
         }
     }
 
-    fn decode(group: &[u8], rows: &mut [[f32; NR]]) {
+    fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]) {
+        let group = &panel[index * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
         let (values, scales) = group.split_at(Self::GROUP * NR);
         let scales: &[bf16] = bytemuck::cast_slice(scales);
         for (four, values) in rows.chunks_exact_mut(4).zip(values.chunks_exact(4 * NR)) {
@@ -162,9 +175,14 @@ pub struct Panels<'a, F> {
 }
 
 impl<'a, F: Format> Panels<'a, F> {
+    /// Bytes of a panel of k rows.
+    pub fn panel_len(k: usize) -> usize {
+        k.div_ceil(F::GROUP) * F::GROUP_BYTES + F::PANEL_BYTES
+    }
+
     /// Bytes that a packed (k, n) matrix takes.
     pub fn packed_len(k: usize, n: usize) -> usize {
-        k.div_ceil(F::GROUP) * F::GROUP_BYTES * n.div_ceil(NR)
+        Self::panel_len(k) * n.div_ceil(NR)
     }
 
     /// A view of packed data, which starts at a cache line.
@@ -201,10 +219,10 @@ impl<'a, F: Format> Panels<'a, F> {
         (index * NR).min(self.n)..((index + 1) * NR).min(self.n)
     }
 
-    /// The groups of panel `index`.
+    /// Panel `index`.
     #[inline(always)]
     pub fn panel(&self, index: usize) -> &'a [u8] {
-        let bytes = self.groups() * F::GROUP_BYTES;
+        let bytes = Self::panel_len(self.k);
         &self.data[index * bytes..][..bytes]
     }
 
@@ -212,9 +230,8 @@ impl<'a, F: Format> Panels<'a, F> {
     pub fn unpack(&self, index: usize, rows: &mut Vec<[f32; NR]>) {
         rows.clear();
         rows.resize(self.groups() * F::GROUP, [0.0; NR]);
-        let groups = self.panel(index).chunks_exact(F::GROUP_BYTES);
-        for (group, rows) in groups.zip(rows.chunks_exact_mut(F::GROUP)) {
-            F::decode(group, rows);
+        for (group, rows) in rows.chunks_exact_mut(F::GROUP).enumerate() {
+            F::decode(self.panel(index), group, rows);
         }
         rows.truncate(self.k);
     }

@@ -1,5 +1,8 @@
 //! Activations in the types that products of narrow weights and caches take.
 
+// Registers are arrays indexed by constants: iterators over them hide that from whoever reads, and from LLVM.
+#![allow(clippy::needless_range_loop)]
+
 use super::Rows;
 use super::panels::ZERO;
 use crate::simd::{Kernel, LANES, Simd, load_partial};
@@ -106,13 +109,17 @@ pub struct QuantiseRows<'a> {
     pub x: Rows<'a>,
     /// How many rows.
     pub rows: usize,
+    /// By how many values the rows are rotated first, as the weights were: see [`rotate`].
+    pub rotation: usize,
     /// Values of a group: a multiple of 16.
     pub group: usize,
+    /// Values of an integer sum: a group or a part of it.
+    pub sum: usize,
     /// (rows, K rounded up to whole groups by zeros).
     pub values: &'a mut [i8],
     /// (rows, groups).
     pub scales: &'a mut [f32],
-    /// (rows, groups): what an int32 sum starts from, so that the weights' [`ZERO`] cancels out.
+    /// (rows, sums): what an int32 sum starts from, so that the weights' [`ZERO`] cancels out.
     pub starts: &'a mut [i32],
 }
 
@@ -122,9 +129,16 @@ impl Kernel for QuantiseRows<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let groups = self.x.columns().div_ceil(self.group);
+        let padded = groups * self.group;
+        let mut rotated = vec![0.0; if self.rotation > 1 { self.x.columns() } else { 0 }];
         for row in 0..self.rows {
-            let x = self.x.row(row);
-            let values = &mut self.values[row * groups * self.group..][..groups * self.group];
+            let mut x = self.x.row(row);
+            if self.rotation > 1 {
+                rotated.copy_from_slice(x);
+                rotate(simd, self.rotation, &mut rotated);
+                x = &rotated;
+            }
+            let values = &mut self.values[row * padded..][..padded];
             for (i, values) in values.chunks_exact_mut(self.group).enumerate() {
                 let x = &x[i * self.group..x.len().min((i + 1) * self.group)];
                 values[x.len()..].fill(0);
@@ -132,13 +146,59 @@ impl Kernel for QuantiseRows<'_> {
                 if scale.is_nan() {
                     values.fill(0);
                 }
+                self.scales[row * groups + i] = scale;
+            }
+            let starts = &mut self.starts[row * (padded / self.sum)..];
+            for (start, values) in starts.iter_mut().zip(values.chunks_exact(self.sum)) {
                 let mut sum = 0;
-                for &value in values.iter() {
+                for &value in values {
                     sum += i32::from(value);
                 }
-                self.scales[row * groups + i] = scale;
-                self.starts[row * groups + i] = -ZERO * sum;
+                *start = -ZERO * sum;
             }
+        }
+    }
+}
+
+/// How many values a row of K is rotated by: 16, 4, or 1 for not at all.
+pub fn rotation(k: usize) -> usize {
+    [16, 4].into_iter().find(|n| k.is_multiple_of(n * LANES)).unwrap_or(1)
+}
+
+/// Multiplies each `n` (16 or 4) values that are 16 apart by the orthonormal Hadamard matrix, in place.
+///
+/// Products with weights that were rotated likewise are the same, but rounding errors are smaller: what stands out among
+/// its neighbours is spread over all of them. (As QuaRot does: Ashkboos et al., arXiv:2404.00456.)
+#[inline(always)]
+pub fn rotate<S: Simd>(simd: S, n: usize, x: &mut [f32]) {
+    if n == 16 {
+        rotate_by::<S, 16>(simd, 0.25, x);
+    } else {
+        rotate_by::<S, 4>(simd, 0.5, x);
+    }
+}
+
+#[inline(always)]
+fn rotate_by<S: Simd, const N: usize>(simd: S, scale: f32, x: &mut [f32]) {
+    let scale = simd.splat(scale);
+    for block in x.as_chunks_mut::<LANES>().0.as_chunks_mut::<N>().0 {
+        let mut lanes = [scale; N];
+        for i in 0..N {
+            lanes[i] = simd.load(&block[i]);
+        }
+        let mut half = 1;
+        while half < N {
+            for i in 0..N {
+                if i & half == 0 {
+                    let (a, b) = (lanes[i], lanes[i + half]);
+                    lanes[i] = simd.add(a, b);
+                    lanes[i + half] = simd.sub(a, b);
+                }
+            }
+            half *= 2;
+        }
+        for i in 0..N {
+            simd.store(simd.mul(lanes[i], scale), &mut block[i]);
         }
     }
 }

@@ -74,6 +74,10 @@ pub trait Simd: Copy {
     fn reduce_max(self, value: Self::F32) -> f32;
     /// `value` in every lane.
     fn splat_i32(self, value: i32) -> Self::I32;
+    /// int8 lanes from memory, widened.
+    fn load_i8(self, lanes: &[i8; LANES]) -> Self::I32;
+    /// `a * b + c` modulo 2^32.
+    fn mul_add_i32(self, a: Self::I32, b: Self::I32, c: Self::I32) -> Self::I32;
     /// To the nearest float32, ties to even.
     fn to_f32(self, value: Self::I32) -> Self::F32;
     /// The same bits.

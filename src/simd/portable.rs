@@ -131,6 +131,18 @@ impl Simd for Portable {
         [value; LANES]
     }
     #[inline(always)]
+    fn load_i8(self, lanes: &[i8; LANES]) -> Self::I32 {
+        lanes.map(i32::from)
+    }
+    #[inline(always)]
+    fn mul_add_i32(self, a: Self::I32, b: Self::I32, c: Self::I32) -> Self::I32 {
+        let mut out = c;
+        for i in 0..LANES {
+            out[i] = out[i].wrapping_add(a[i].wrapping_mul(b[i]));
+        }
+        out
+    }
+    #[inline(always)]
     fn to_f32(self, value: Self::I32) -> Self::F32 {
         value.map(|value| value as f32)
     }

@@ -4,8 +4,9 @@ use super::{Dtype, packed_len};
 use crate::checkpoint::Tensor;
 use crate::error::Result;
 use crate::ops::pairs::{Bf16, F32};
-use crate::ops::panels::{Format, Int4Groups, Int8Groups, NR};
+use crate::ops::panels::{Format, Int4Groups, Int8Groups, NR, Panels};
 use crate::philox::Normal;
+use crate::simd::LANES;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -51,6 +52,8 @@ pub struct Planned<'a> {
     pub by_column: bool,
     /// What it is packed as.
     pub dtype: Dtype,
+    /// By how many values its columns are rotated.
+    pub rotation: usize,
     /// First byte of its place.
     pub start: usize,
 }
@@ -109,47 +112,53 @@ impl Task<'_> {
     }
 
     fn pack_as<F: Format>(self, scratch: &mut Vec<f32>) -> Result<()> {
-        /// Stored rows are read in pieces of about this many values.
-        const PIECE: usize = 128 << 10;
-        let Planned { values, k, n, by_column, .. } = self.planned;
-        let (k, n) = (*k, *n);
-        let panel_bytes = k.div_ceil(F::GROUP) * F::GROUP_BYTES;
-        let mut rows = vec![[0.0; NR]; F::GROUP];
-        if *by_column {
-            for (i, panel) in self.out.chunks_exact_mut(panel_bytes).enumerate() {
-                let first = (self.first_panel + i) * NR;
-                let columns = first..(first + NR).min(n);
+        let &Planned { ref values, k, n, by_column, rotation, .. } = self.planned;
+        if !by_column {
+            scratch.resize(k * n, 0.0);
+            values.read(0..k, n, scratch)?;
+        }
+        let mut rows = vec![[0.0; NR]; k.next_multiple_of(F::GROUP)];
+        for (i, panel) in self.out.chunks_exact_mut(Panels::<F>::panel_len(k)).enumerate() {
+            let first = (self.first_panel + i) * NR;
+            let columns = first..(first + NR).min(n);
+            rows.fill([0.0; NR]);
+            if by_column {
                 scratch.resize(columns.len() * k, 0.0);
                 values.read(columns, k, scratch)?;
-                for (g, group) in panel.chunks_exact_mut(F::GROUP_BYTES).enumerate() {
-                    rows.fill([0.0; NR]);
-                    for (lane, column) in scratch.chunks_exact(k).enumerate() {
-                        for (row, &value) in rows.iter_mut().zip(&column[g * F::GROUP..]) {
-                            row[lane] = value;
-                        }
+                for (lane, column) in scratch.chunks_exact(k).enumerate() {
+                    for (row, &value) in rows.iter_mut().zip(column) {
+                        row[lane] = value;
                     }
-                    F::encode(&rows, group);
+                }
+            } else {
+                for (row, stored) in rows.iter_mut().zip(scratch.chunks_exact(n)) {
+                    row[..columns.len()].copy_from_slice(&stored[columns.clone()]);
                 }
             }
-            return Ok(());
-        }
-        let rows_at_once = (PIECE / n).max(1).next_multiple_of(F::GROUP);
-        for first in (0..k).step_by(rows_at_once) {
-            let piece = first..(first + rows_at_once).min(k);
-            scratch.resize(piece.len() * n, 0.0);
-            values.read(piece.clone(), n, scratch)?;
-            for (i, panel) in self.out.chunks_exact_mut(panel_bytes).enumerate() {
-                let columns = i * NR..(i * NR + NR).min(n);
-                let groups = panel[first / F::GROUP * F::GROUP_BYTES..].chunks_exact_mut(F::GROUP_BYTES);
-                for (group, stored) in groups.zip(scratch.chunks(F::GROUP * n)) {
-                    rows.fill([0.0; NR]);
-                    for (row, stored) in rows.iter_mut().zip(stored.chunks_exact(n)) {
-                        row[..columns.len()].copy_from_slice(&stored[columns.clone()]);
-                    }
-                    F::encode(&rows, group);
-                }
-            }
+            rotate(rotation, &mut rows[..k]);
+            F::encode(&rows, panel);
         }
         Ok(())
+    }
+}
+
+/// Rotates the columns as activations will be: see [`crate::ops::round::rotate`].
+fn rotate(n: usize, rows: &mut [[f32; NR]]) {
+    if n == 1 {
+        return;
+    }
+    let scale = 1.0 / (n as f32).sqrt();
+    for block in rows.chunks_exact_mut(n * LANES) {
+        let mut half = LANES;
+        while half < block.len() {
+            for pair in block.chunks_exact_mut(2 * half) {
+                let (a, b) = pair.split_at_mut(half);
+                for (a, b) in a.as_flattened_mut().iter_mut().zip(b.as_flattened_mut()) {
+                    (*a, *b) = (*a + *b, *a - *b);
+                }
+            }
+            half *= 2;
+        }
+        block.as_flattened_mut().iter_mut().for_each(|value| *value *= scale);
     }
 }

@@ -1,13 +1,16 @@
-//! Sixteen levels, closer together where weights are dense.
+//! Sixteen levels, closer together where weights are dense, and how weights are rounded to them.
 
-use super::{Format, Int4Groups, NR, ZERO, greatest};
-use half::bf16;
+use super::{Format, Int4Groups, NR, ZERO, reciprocal};
 
-/// The levels, in units of a group's scale.
-const LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+/// The levels, in units of a group's scale: the best (by Lloyd's method) for sixteen normally distributed weights whose
+/// scale is chosen as [`best_scale`] does.
+const LEVELS: [i8; 16] = [-127, -106, -82, -63, -48, -34, -21, -9, 3, 14, 26, 38, 51, 66, 84, 111];
 
-/// Magnitudes that the greatest weight of a group is tried as, of either sign.
-const TRIES: [f32; 7] = [97.0, 103.0, 108.0, 113.0, 118.0, 122.0, 127.0];
+/// Rows that share a scale.
+const SCALED: usize = 16;
+
+/// What the greatest weight is tried as, in units of the outermost level, of either sign.
+const TRIES: [f32; 5] = [0.8, 0.9, 1.0, 1.1, 1.2];
 
 /// The index of the level nearest to each integer from -128 on.
 const NEAREST: [u8; 256] = {
@@ -39,65 +42,93 @@ impl Int4Groups {
 }
 
 impl Format for Int4Groups {
-    const GROUP: usize = 32;
-    const GROUP_BYTES: usize = (16 + 2) * NR;
+    const GROUP: usize = 64;
+    const GROUP_BYTES: usize = (Self::GROUP / 2 + Self::GROUP / SCALED) * NR;
+    const PANEL_BYTES: usize = size_of::<f32>() * NR;
 
-    fn encode(rows: &[[f32; NR]], group: &mut [u8]) {
-        let (values, scales) = group.split_at_mut(Self::GROUP / 2 * NR);
-        values.fill(0);
-        for (column, scale) in bytemuck::cast_slice_mut::<u8, bf16>(scales).iter_mut().enumerate() {
-            let mut weights = [0.0; 32];
-            for (weight, row) in weights.iter_mut().zip(rows) {
-                *weight = row[column];
+    fn encode(rows: &[[f32; NR]], panel: &mut [u8]) {
+        let (groups, factors) = panel.split_at_mut(panel.len() - Self::PANEL_BYTES);
+        let factors: &mut [f32] = bytemuck::cast_slice_mut(factors);
+        groups.fill(0);
+        let mut scales = vec![0.0; rows.len() / SCALED];
+        for (column, factor) in factors.iter_mut().enumerate() {
+            for (scale, rows) in scales.iter_mut().zip(rows.as_chunks().0) {
+                *scale = best_scale(&weights(rows, column));
             }
-            *scale = best_scale(&weights, greatest(rows, column));
-            let inverse = super::reciprocal(scale.to_f32());
-            for (k, &weight) in weights.iter().enumerate() {
-                let (step, half, row) = (k / 8, k % 8 / 4, k % 4);
-                values[(step * NR + column) * 4 + row] |= level(weight * inverse) << (4 * half);
+            let finite = rows.iter().all(|row| row[column].is_finite());
+            let greatest = scales.iter().fold(0.0_f32, |greatest, scale| greatest.max(scale.abs()));
+            *factor = if finite { greatest / 127.0 } else { f32::NAN };
+            for (i, (&scale, rows)) in scales.iter().zip(rows.as_chunks().0).enumerate() {
+                let scale = (scale * reciprocal(*factor)).round_ties_even() as i8;
+                let inverse = reciprocal(f32::from(scale) * *factor);
+                let (group, part) = (i * SCALED / Self::GROUP, i % (Self::GROUP / SCALED));
+                let group = &mut groups[group * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
+                let (values, group_scales) = group.split_at_mut(Self::GROUP / 2 * NR);
+                group_scales[part * NR + column] = scale.cast_unsigned();
+                for (k, weight) in weights(rows, column).into_iter().enumerate() {
+                    let (index, shift) = place(part * SCALED + k, column);
+                    values[index] |= level(weight * inverse) << shift;
+                }
             }
         }
     }
 
-    fn decode(group: &[u8], rows: &mut [[f32; NR]]) {
+    fn encode_group(_: &[[f32; NR]], _: &mut [u8]) {
+        unreachable!("a panel is encoded as a whole");
+    }
+
+    fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]) {
+        let (groups, factors) = panel.split_at(panel.len() - Self::PANEL_BYTES);
+        let factors: &[f32] = bytemuck::cast_slice(factors);
+        let group = &groups[index * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
         let (values, scales) = group.split_at(Self::GROUP / 2 * NR);
-        let scales: &[bf16] = bytemuck::cast_slice(scales);
         for (k, row) in rows.iter_mut().enumerate() {
-            let (step, half, place) = (k / 8, k % 8 / 4, k % 4);
-            for (column, (value, scale)) in row.iter_mut().zip(scales).enumerate() {
-                let byte = values[(step * NR + column) * 4 + place];
-                *value = f32::from(LEVELS[usize::from(byte >> (4 * half) & 15)]) * scale.to_f32();
+            for (column, (value, factor)) in row.iter_mut().zip(factors).enumerate() {
+                let (index, shift) = place(k, column);
+                let level = LEVELS[usize::from(values[index] >> shift & 15)];
+                let scale = scales[k / SCALED * NR + column].cast_signed();
+                *value = f32::from(level) * f32::from(scale) * factor;
             }
         }
     }
+}
+
+/// The byte of a group that holds row `k` of a column, and by how many bits it is shifted there.
+fn place(k: usize, column: usize) -> (usize, usize) {
+    let (step, half, row) = (k / 8, k % 8 / 4, k % 4);
+    ((step * NR + column) * 4 + row, 4 * half)
+}
+
+fn weights(rows: &[[f32; NR]; SCALED], column: usize) -> [f32; SCALED] {
+    rows.map(|row| row[column])
 }
 
 /// The index of the nearest level; NaN as the one nearest to zero.
 fn level(value: f32) -> u8 {
     const MIDDLE: f32 = 1.5 * (1u32 << 23) as f32;
-    let integer = value.clamp(-127.0, 127.0);
-    if integer.is_nan() {
-        return NEAREST[128];
-    }
-    NEAREST[usize::from(((integer + MIDDLE).to_bits() as u8).wrapping_add(128))]
+    // NaN has low bits that are zero, too.
+    NEAREST[usize::from(((value.clamp(-127.0, 127.0) + MIDDLE).to_bits() as u8).wrapping_add(128))]
 }
 
-/// The scale, of those tried, by which the weights come out with the least squared error.
-fn best_scale(weights: &[f32; 32], greatest: f32) -> bf16 {
-    let mut best = (f32::INFINITY, bf16::from_f32(greatest / 127.0));
-    for magnitude in TRIES {
+/// The scale by which the weights come out with the least squared error, of either sign: a level's opposite is none.
+///
+/// For each way to round tried, the best scale is by least squares; what it leaves of the squares is the less, the greater
+/// (w . level)^2 / level^2.
+fn best_scale(weights: &[f32; SCALED]) -> f32 {
+    let greatest = weights.iter().fold(0.0_f32, |greatest, weight| greatest.max(weight.abs()));
+    let mut best = (0.0, 0.0);
+    for size in TRIES {
         for sign in [1.0, -1.0] {
-            let scale = bf16::from_f32(sign * greatest / magnitude);
-            let inverse = super::reciprocal(scale.to_f32());
-            let mut error = 0.0;
+            let inverse = reciprocal(sign * size * greatest / 127.0);
+            let (mut products, mut squares) = (0.0, 0.0);
             for &weight in weights {
-                let value = weight * inverse;
-                let difference = value - f32::from(LEVELS[usize::from(level(value))]);
-                error += difference * difference;
+                let level = f32::from(LEVELS[usize::from(level(weight * inverse))]);
+                products += weight * level;
+                squares += level * level;
             }
-            error *= scale.to_f32() * scale.to_f32();
-            if error < best.0 {
-                best = (error, scale);
+            let explained = products * products / squares;
+            if explained > best.0 {
+                best = (explained, products / squares);
             }
         }
     }

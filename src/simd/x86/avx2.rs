@@ -145,6 +145,26 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { [_mm256_set1_epi32(value); 2] }
     }
     #[inline(always)]
+    fn load_i8(self, lanes: &[i8; LANES]) -> Self::I32 {
+        // SAFETY: `self` proves AVX2; both loads of eight lie inside the sixteen lanes.
+        unsafe {
+            [
+                _mm256_cvtepi8_epi32(_mm_loadl_epi64(lanes.as_ptr().cast())),
+                _mm256_cvtepi8_epi32(_mm_loadl_epi64(lanes.as_ptr().add(8).cast())),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn mul_add_i32(self, a: Self::I32, b: Self::I32, c: Self::I32) -> Self::I32 {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            [
+                _mm256_add_epi32(_mm256_mullo_epi32(a[0], b[0]), c[0]),
+                _mm256_add_epi32(_mm256_mullo_epi32(a[1], b[1]), c[1]),
+            ]
+        }
+    }
+    #[inline(always)]
     fn to_f32(self, value: Self::I32) -> Self::F32 {
         // SAFETY: `self` proves AVX.
         unsafe { [_mm256_cvtepi32_ps(value[0]), _mm256_cvtepi32_ps(value[1])] }

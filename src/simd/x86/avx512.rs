@@ -133,6 +133,16 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         unsafe { _mm512_set1_epi32(value) }
     }
     #[inline(always)]
+    fn load_i8(self, lanes: &[i8; LANES]) -> Self::I32 {
+        // SAFETY: `self` proves AVX-512 F; the load is the sixteen lanes.
+        unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(lanes.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn mul_add_i32(self, a: Self::I32, b: Self::I32, c: Self::I32) -> Self::I32 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_add_epi32(_mm512_mullo_epi32(a, b), c) }
+    }
+    #[inline(always)]
     fn to_f32(self, value: Self::I32) -> Self::F32 {
         // SAFETY: `self` proves AVX-512 F.
         unsafe { _mm512_cvtepi32_ps(value) }
