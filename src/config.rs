@@ -41,7 +41,7 @@ pub enum Dtype {
     BF16,
     /// int8 with scales: of weights in groups, of a cache by head and position.
     Int8,
-    /// Weights of four bits in groups with scales; the most sensitive matrices are int8.
+    /// Weights of four bits in groups with scales.
     Int4,
 }
 
@@ -56,6 +56,11 @@ impl Dtype {
             Dtype::Int8 => "int8",
             Dtype::Int4 => "int4",
         }
+    }
+
+    /// Whether weights of this type are integers with scales.
+    pub fn is_integer(self) -> bool {
+        matches!(self, Dtype::Int8 | Dtype::Int4)
     }
 
     /// The type of weights of that name.

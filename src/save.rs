@@ -54,7 +54,7 @@ impl View for Tensor<'_> {
 /// [`Error::Io`], such as a full disk; what has been written by then stays. [`Error::SaveQuantised`].
 pub fn save(config: &Config, weights: &Weights, path: &Path) -> Result<()> {
     let dtype = weights.wte.dtype();
-    if !matches!(dtype, Dtype::F32 | Dtype::BF16) {
+    if dtype.is_integer() {
         return Err(Error::SaveQuantised { dtype: dtype.name() });
     }
     let mut tensors: Vec<(String, Tensor<'_>)> = Vec::new();

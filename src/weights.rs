@@ -160,31 +160,38 @@ fn packed_len(dtype: Dtype, k: usize, n: usize) -> usize {
     }
 }
 
-/// The type that matrix `name` of a model in `dtype` is held in.
-fn held_in(_config: &Config, name: &str, dtype: Dtype) -> Dtype {
-    let sensitive = false && name == "wte.weight" || name == "lm_head.weight";
-    if dtype == Dtype::Int4 && sensitive { Dtype::Int8 } else { dtype }
-}
-
 /// By how many values the columns of matrix `name` are rotated. Those of the projections into the residual stream are,
 /// where they are rounded to integers: no LayerNorm has made their inputs even.
 fn rotated_by(name: &str, k: usize, dtype: Dtype) -> usize {
-    let rounded = matches!(dtype, Dtype::Int8 | Dtype::Int4);
-    if rounded && name.contains("c_proj") { rotation(k) } else { 1 }
+    if dtype.is_integer() && name.ends_with("c_proj") { rotation(k) } else { 1 }
+}
+
+/// Makes a norm's channels of about the same size, by powers of two, and gives what the rows of the matrix behind it must
+/// be multiplied by, so that all products stay exactly the same: channels that stand out would have the others of their
+/// group rounded by their scale.
+fn even(norm: &mut Norm) -> Vec<f32> {
+    let channels = || norm.weight.iter().zip(&norm.bias);
+    // The norm's channels have variance 1 before its gain.
+    let exponents: Vec<f32> = channels().map(|(gain, bias)| gain.hypot(*bias).log2()).collect();
+    let known = || exponents.iter().copied().filter(|exponent| exponent.is_finite());
+    let mean = known().sum::<f32>() / known().count().max(1) as f32;
+    let scale = |&exponent: &f32| {
+        // Products with scales this near to 1 neither overflow nor lose bits, unless the weights nearly do.
+        if exponent.is_finite() { (exponent - mean).round().clamp(-24.0, 24.0).exp2() } else { 1.0 }
+    };
+    let scales: Vec<f32> = exponents.iter().map(scale).collect();
+    for (value, scale) in norm.weight.iter_mut().zip(&scales).chain(norm.bias.iter_mut().zip(&scales)) {
+        *value /= scale;
+    }
+    scales
 }
 
 /// Bytes of all weights of a model in `dtype`, as [`Weights::bytes`] will count them.
 pub fn packed_bytes(config: &Config, dtype: Dtype) -> u64 {
-    let bytes = |name: &str, k, n| packed_len(held_in(config, name, dtype), k, n) as u64;
-    let head = |name| bytes(name, config.n_embd, config.n_vocab);
-    let heads = head("wte.weight") + if config.tie_word_embeddings { 0 } else { head("lm_head.weight") };
-    let blocks = (0..config.n_layer).flat_map(|i| {
-        let matrices = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"].into_iter();
-        matrices
-            .zip(config.block_matrices())
-            .map(move |(part, (k, n))| bytes(&format!("h.{i}.{part}.weight"), k, n))
-    });
-    heads + blocks.sum::<u64>() + config.vectors() * size_of::<f32>() as u64
+    let bytes = |k, n| packed_len(dtype, k, n) as u64;
+    let heads = if config.tie_word_embeddings { 1 } else { 2 } * bytes(config.n_embd, config.n_vocab);
+    let block: u64 = config.block_matrices().iter().map(|&(k, n)| bytes(k, n)).sum();
+    heads + config.n_layer as u64 * block + config.vectors() * size_of::<f32>() as u64
 }
 
 /// Where the values of a model's tensors come from.
@@ -312,7 +319,6 @@ fn names(config: &Config) -> impl Iterator<Item = String> {
 
 /// First everything is found and checked and the matrices' places are laid out, then they are filled.
 struct Builder<'a, F> {
-    config: &'a Config,
     values: F,
     dtype: Dtype,
     planned: Vec<Planned<'a>>,
@@ -323,21 +329,26 @@ struct Builder<'a, F> {
 struct Place(usize);
 
 impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
-    fn build(config: &'a Config, dtype: Dtype, n_threads: usize, values: F) -> Result<Weights> {
-        let mut builder = Builder { config, values, dtype, planned: Vec::new(), end: 0 };
+    fn build(config: &Config, dtype: Dtype, n_threads: usize, values: F) -> Result<Weights> {
+        let mut builder = Builder { values, dtype, planned: Vec::new(), end: 0 };
         let (c, v) = (config.n_embd, config.n_vocab);
         let wte = builder.embedding("wte.weight", c, v)?;
         let wpe = (builder.values)("wpe.weight", &[config.n_ctx, c])?.vector(config.n_ctx * c, c)?;
         let mut blocks = Vec::new();
         for i in 0..config.n_layer {
             let name = |part: &str| format!("h.{i}.{part}");
+            let mut ln_1 = builder.norm(&name("ln_1"), c)?;
+            let mut ln_2 = builder.norm(&name("ln_2"), c)?;
+            let scales =
+                if dtype.is_integer() { [even(&mut ln_1), even(&mut ln_2)] } else { Default::default() };
+            let [attn, mlp] = scales;
             blocks.push((
-                builder.norm(&name("ln_1"), c)?,
-                builder.linear(&name("attn.c_attn"), c, 3 * c)?,
-                builder.linear(&name("attn.c_proj"), c, c)?,
-                builder.norm(&name("ln_2"), c)?,
-                builder.linear(&name("mlp.c_fc"), c, config.n_inner)?,
-                builder.linear(&name("mlp.c_proj"), config.n_inner, c)?,
+                ln_1,
+                builder.linear(&name("attn.c_attn"), c, 3 * c, attn)?,
+                builder.linear(&name("attn.c_proj"), c, c, Vec::new())?,
+                ln_2,
+                builder.linear(&name("mlp.c_fc"), c, config.n_inner, mlp)?,
+                builder.linear(&name("mlp.c_proj"), config.n_inner, c, Vec::new())?,
             ));
         }
         let ln_f = builder.norm("ln_f", c)?;
@@ -371,11 +382,11 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
         Ok(Norm { weight, bias })
     }
 
-    fn linear(&mut self, name: &str, k: usize, n: usize) -> Result<(Place, Vec<f32>)> {
+    fn linear(&mut self, name: &str, k: usize, n: usize, scales: Vec<f32>) -> Result<(Place, Vec<f32>)> {
         let values = (self.values)(&format!("{name}.weight"), &[k, n])?;
         let by_column = matches!(values, Values::Tensor(tensor) if tensor.transposed());
         let bias = (self.values)(&format!("{name}.bias"), &[n])?.vector(n, 1)?;
-        Ok((self.plan(&format!("{name}.weight"), values, k, n, by_column), bias))
+        Ok((self.plan(name, values, (k, n), by_column, scales), bias))
     }
 
     /// A (V, C) embedding, whose rows are the columns of the head's (C, V) matrix.
@@ -384,13 +395,20 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
         if matches!(values, Values::Tensor(tensor) if tensor.transposed()) {
             return Err(Error::TransposedEmbedding { name: name.to_owned() });
         }
-        Ok(self.plan(name, values, c, v, true))
+        Ok(self.plan(name, values, (c, v), true, Vec::new()))
     }
 
-    fn plan(&mut self, name: &str, values: Values<'a>, k: usize, n: usize, by_column: bool) -> Place {
-        let dtype = held_in(self.config, name, self.dtype);
+    fn plan(
+        &mut self,
+        name: &str,
+        values: Values<'a>,
+        (k, n): (usize, usize),
+        by_column: bool,
+        scales: Vec<f32>,
+    ) -> Place {
+        let dtype = self.dtype;
         let rotation = rotated_by(name, k, dtype);
-        self.planned.push(Planned { values, k, n, by_column, dtype, rotation, start: self.end });
+        self.planned.push(Planned { values, k, n, by_column, scales, rotation, dtype, start: self.end });
         self.end += packed_len(dtype, k, n);
         Place(self.planned.len() - 1)
     }

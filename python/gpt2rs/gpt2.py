@@ -69,9 +69,9 @@ class GPT2:
         name_or_path: Hugging Face's folders and safetensors files, one or sharded; PyTorch's `.bin`, `.pt`
             and `.pth` (transformers', nanoGPT's, and the textbooks' names), of which no code is run; llm.c's
             `.bin`.
-        dtype: how the weights are held: "float32", "bfloat16", "int8" (groups of 64 with a scale, 8.25 bits a
-            weight) or "int4" (groups of 32, 4.5 bits a weight; the embedding stays int8).  None keeps
-            bfloat16 files and makes float32 of others.
+        dtype: how the weights are held: "float32", "bfloat16", "int8" (groups of 32 with a scale, 8.5 bits a
+            weight) or "int4" (groups of 16, 4.5 bits a weight).  None keeps bfloat16 files and makes
+            float32 of others.
         kv_dtype: the same for keys and values: "float32", "bfloat16" or "int8"; None: that of the weights,
             int8 beside int4.
         precision: "exact", or "fast": activations are rounded to bfloat16 where they meet bfloat16 weights,

@@ -37,13 +37,13 @@ pub trait Format: Copy + Send + Sync + 'static {
 }
 
 /// Bytes with a bfloat16 scale for each column of 32 rows: `(byte - 128) * scale`. Four rows lie side by side, then the
-/// next columns, then the next four rows; the scales follow.
+/// next columns, then the next four rows; the scales come before them.
 #[derive(Clone, Copy)]
 pub struct Int8Groups;
 
 /// Half bytes: `LEVELS[half byte] * scale * factor`, with an int8 scale for each column of 16 rows, and a float32 factor
 /// for each column. Of eight rows, four lie in the bytes' lower halves and four in the upper ones; else as [`Int8Groups`].
-/// A group, 64 rows, ends with its four scales of each column, and a panel with its factors.
+/// A group, 64 rows, begins with its four scales of each column, and a panel ends with its factors.
 #[derive(Clone, Copy)]
 pub struct Int4Groups;
 
@@ -112,7 +112,7 @@ impl Format for Int8Groups {
     const GROUP_BYTES: usize = (32 + 2) * NR;
 
     fn encode_group(rows: &[[f32; NR]], group: &mut [u8]) {
-        let (values, scales) = group.split_at_mut(Self::GROUP * NR);
+        let (scales, values) = group.split_at_mut(2 * NR);
         let mut inverse = [0.0; NR];
         for (column, scale) in bytemuck::cast_slice_mut::<u8, bf16>(scales).iter_mut().enumerate() {
             *scale = bf16::from_f32(greatest(rows, column) / 127.0);
@@ -129,7 +129,7 @@ impl Format for Int8Groups {
 
     fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]) {
         let group = &panel[index * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
-        let (values, scales) = group.split_at(Self::GROUP * NR);
+        let (scales, values) = group.split_at(2 * NR);
         let scales: &[bf16] = bytemuck::cast_slice(scales);
         for (four, values) in rows.chunks_exact_mut(4).zip(values.chunks_exact(4 * NR)) {
             for (column, (bytes, scale)) in values.chunks_exact(4).zip(scales).enumerate() {

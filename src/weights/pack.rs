@@ -52,7 +52,9 @@ pub struct Planned<'a> {
     pub by_column: bool,
     /// What it is packed as.
     pub dtype: Dtype,
-    /// By how many values its columns are rotated.
+    /// What its rows are multiplied by, or empty.
+    pub scales: Vec<f32>,
+    /// By how many values its columns are rotated, after that.
     pub rotation: usize,
     /// First byte of its place.
     pub start: usize,
@@ -112,7 +114,7 @@ impl Task<'_> {
     }
 
     fn pack_as<F: Format>(self, scratch: &mut Vec<f32>) -> Result<()> {
-        let &Planned { ref values, k, n, by_column, rotation, .. } = self.planned;
+        let &Planned { ref values, k, n, by_column, ref scales, rotation, .. } = self.planned;
         if !by_column {
             scratch.resize(k * n, 0.0);
             values.read(0..k, n, scratch)?;
@@ -134,6 +136,9 @@ impl Task<'_> {
                 for (row, stored) in rows.iter_mut().zip(scratch.chunks_exact(n)) {
                     row[..columns.len()].copy_from_slice(&stored[columns.clone()]);
                 }
+            }
+            for (row, scale) in rows.iter_mut().zip(scales) {
+                row.iter_mut().for_each(|value| *value *= scale);
             }
             rotate(rotation, &mut rows[..k]);
             F::encode(&rows, panel);

@@ -23,7 +23,9 @@ pub struct Quantised<'a> {
     pub starts: Rows<'a, i32>,
 }
 
-// No prefetches for a single row: reading small weights, the processor's own run further ahead.
+/// How much further ahead half bytes are asked for, which take longer to compute. Whole ones are not asked for at all:
+/// there the processor's own prefetches run further ahead (measured on Zen 4).
+const AHEAD_BYTES: usize = 8 << 10;
 
 /// How eight rows of a panel, a step, are taken for integers.
 pub trait Steps: Format {
@@ -172,7 +174,7 @@ fn multiply<S: Simd, F: Steps, const STREAM: bool, const MR: usize, const V0: us
     let mut acc = [[simd.splat(0.0); NV]; MR];
     for g in 0..groups {
         let group = &panel[g * F::GROUP_BYTES..][..F::GROUP_BYTES];
-        let (weights, weight_scales) = group.split_at(group_steps * F::STEP_BYTES);
+        let (weight_scales, weights) = group.split_at(F::GROUP_BYTES - group_steps * F::STEP_BYTES);
         let mut total = [[simd.splat_i32(0); NV]; MR];
         for part in 0..parts {
             let weights = &weights[part * (F::SUM / 8) * F::STEP_BYTES..][..steps * F::STEP_BYTES];
@@ -186,6 +188,12 @@ fn multiply<S: Simd, F: Steps, const STREAM: bool, const MR: usize, const V0: us
                 let bytes = &weights[step * F::STEP_BYTES..][..F::STEP_BYTES];
                 if !STREAM {
                     ahead.ask(simd, &mut asked);
+                } else if parts > 1 {
+                    let steps_before = g * group_steps + part * (F::SUM / 8) + step;
+                    let offset = AHEAD_BYTES + steps_before * (F::GROUP_BYTES / group_steps);
+                    for line in 0..(F::GROUP_BYTES / group_steps).div_ceil(LINE) {
+                        simd.prefetch(ahead.address.wrapping_add(offset + line * LINE));
+                    }
                 }
                 for four in 0..2 {
                     let mut lanes = [simd.load_bytes(&[0; BYTES]); NV];

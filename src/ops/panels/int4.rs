@@ -63,7 +63,7 @@ impl Format for Int4Groups {
                 let inverse = reciprocal(f32::from(scale) * *factor);
                 let (group, part) = (i * SCALED / Self::GROUP, i % (Self::GROUP / SCALED));
                 let group = &mut groups[group * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
-                let (values, group_scales) = group.split_at_mut(Self::GROUP / 2 * NR);
+                let (group_scales, values) = group.split_at_mut(Self::GROUP / SCALED * NR);
                 group_scales[part * NR + column] = scale.cast_unsigned();
                 for (k, weight) in weights(rows, column).into_iter().enumerate() {
                     let (index, shift) = place(part * SCALED + k, column);
@@ -81,7 +81,7 @@ impl Format for Int4Groups {
         let (groups, factors) = panel.split_at(panel.len() - Self::PANEL_BYTES);
         let factors: &[f32] = bytemuck::cast_slice(factors);
         let group = &groups[index * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
-        let (values, scales) = group.split_at(Self::GROUP / 2 * NR);
+        let (scales, values) = group.split_at(Self::GROUP / SCALED * NR);
         for (k, row) in rows.iter_mut().enumerate() {
             for (column, (value, factor)) in row.iter_mut().zip(factors).enumerate() {
                 let (index, shift) = place(k, column);
