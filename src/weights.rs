@@ -2,16 +2,18 @@
 
 mod pack;
 
-use crate::checkpoint::{Checkpoint, Tensor};
+use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::mapped::{Arena, Slab};
 use crate::ops::pairs::{Bf16, F32};
 use crate::ops::panels::{Format, Int4Groups, Int8Groups, Panels};
+use crate::packed::Packed;
 use crate::philox::Normal;
 use half::bf16;
 use pack::{Planned, Values, pack_all};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 pub use crate::config::Dtype;
 
@@ -125,6 +127,11 @@ impl Matrix {
         }
     }
 
+    /// The bytes as they lie in memory, for a packed file.
+    pub fn packed(&self) -> &[u8] {
+        self.slab.bytes()
+    }
+
     fn bytes(&self) -> usize {
         self.slab.bytes().len()
     }
@@ -175,7 +182,8 @@ pub fn packed_bytes(config: &Config, dtype: Dtype) -> u64 {
 
 /// Where the values of a model's tensors come from.
 pub enum Origin<'a> {
-    /// A checkpoint, whose names and shapes are checked against the config.
+    /// A checkpoint, whose names and shapes are checked against the config. One that is packed already is not packed
+    /// again, and must be of the config and type that are asked for.
     Checkpoint(&'a Checkpoint),
     /// GPT-2's initialisation: N(0, 0.02), projections into the residual stream scaled by 1/sqrt(2 L), biases zero,
     /// gains one. The same seed gives the same weights on every machine.
@@ -194,7 +202,14 @@ impl Weights {
         match origin {
             Origin::Checkpoint(checkpoint) => {
                 let named = Named::new(config, checkpoint)?;
-                Builder::build(config, dtype, n_threads, |name, shape| named.tensor(name, shape))
+                let Some(packed) = Packed::of(checkpoint)? else {
+                    return Builder::build(config, dtype, n_threads, |name, shape| named.tensor(name, shape));
+                };
+                packed.check(config, dtype)?;
+                let arena = packed.open(n_threads)?;
+                Builder::build(config, dtype, n_threads, |name, shape| {
+                    named.packed(&packed, &arena, name, shape)
+                })
             }
             Origin::Random { seed } => {
                 let mut stream = 0;
@@ -239,13 +254,15 @@ fn initial<'a>(config: &Config, name: &str, seed: u64, stream: u64) -> Values<'a
 
 /// A checkpoint whose names have been brought into one form and checked.
 struct Named<'a> {
-    tensors: BTreeMap<&'a str, &'a Tensor>,
+    checkpoint: &'a Checkpoint,
+    /// The name -> the name that the checkpoint has for it.
+    stored: BTreeMap<&'a str, &'a str>,
 }
 
 impl<'a> Named<'a> {
     fn new(config: &Config, checkpoint: &'a Checkpoint) -> Result<Named<'a>> {
         let expected: BTreeSet<String> = names(config).collect();
-        let mut tensors = BTreeMap::new();
+        let mut names = BTreeMap::new();
         for stored in checkpoint.names() {
             let name = stored.strip_prefix("transformer.").unwrap_or(stored);
             // Causal masks that old versions stored, and the copy of a tied head.
@@ -258,15 +275,15 @@ impl<'a> Named<'a> {
             if !expected.contains(name) {
                 return Err(Error::UnexpectedTensor { name: stored.to_owned() });
             }
-            if tensors.insert(name, checkpoint.get(stored)?).is_some() {
+            if names.insert(name, stored).is_some() {
                 return Err(Error::AmbiguousTensor { name: name.to_owned() });
             }
         }
-        Ok(Named { tensors })
+        Ok(Named { checkpoint, stored: names })
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Values<'a>> {
-        let Some(tensor) = self.tensors.get(name) else {
+        let Some(stored) = self.stored.get(name) else {
             // nanoGPT and the textbooks leave biases out.
             return if name.ends_with(".bias") {
                 Ok(Values::Constant(0.0))
@@ -274,6 +291,7 @@ impl<'a> Named<'a> {
                 Err(Error::MissingTensor { name: name.to_owned() })
             };
         };
+        let tensor = self.checkpoint.get(stored)?;
         if tensor.shape() != shape {
             return Err(Error::TensorShape {
                 name: name.to_owned(),
@@ -282,6 +300,24 @@ impl<'a> Named<'a> {
             });
         }
         Ok(Values::Tensor(tensor))
+    }
+
+    /// The same of a packed file, which leaves nothing out.
+    fn packed(
+        &self,
+        packed: &Packed<'_>,
+        arena: &Arc<Arena>,
+        name: &str,
+        shape: &[usize],
+    ) -> Result<Values<'a>> {
+        let Some(stored) = self.stored.get(name) else {
+            return Err(Error::MissingTensor { name: name.to_owned() });
+        };
+        if shape.len() == 2 && name != "wpe.weight" {
+            Ok(Values::Packed(Slab::new(arena, packed.matrix(stored)?)))
+        } else {
+            self.tensor(name, shape)
+        }
     }
 }
 
@@ -361,7 +397,7 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
         let values = (self.values)(&format!("{name}.weight"), &[k, n])?;
         let by_column = matches!(values, Values::Tensor(tensor) if tensor.transposed());
         let bias = (self.values)(&format!("{name}.bias"), &[n])?.vector(n, 1)?;
-        Ok((self.plan(&format!("{name}.weight"), values, k, n, by_column), bias))
+        Ok((self.plan(&format!("{name}.weight"), values, k, n, by_column)?, bias))
     }
 
     /// A (V, C) embedding, whose rows are the columns of the head's (C, V) matrix.
@@ -370,14 +406,28 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
         if matches!(values, Values::Tensor(tensor) if tensor.transposed()) {
             return Err(Error::TransposedEmbedding { name: name.to_owned() });
         }
-        Ok(self.plan(name, values, c, v, true))
+        self.plan(name, values, c, v, true)
     }
 
-    fn plan(&mut self, name: &str, values: Values<'a>, k: usize, n: usize, by_column: bool) -> Place {
+    fn plan(&mut self, name: &str, values: Values<'a>, k: usize, n: usize, by_column: bool) -> Result<Place> {
         let dtype = held_in(self.config, name, self.dtype);
-        self.planned.push(Planned { values, k, n, by_column, dtype, start: self.end });
-        self.end += packed_len(dtype, k, n);
-        Place(self.planned.len() - 1)
+        let expected = packed_len(dtype, k, n);
+        if let Values::Packed(slab) = &values
+            && slab.bytes().len() != expected
+        {
+            return Err(Error::PackedBytes {
+                name: name.to_owned(),
+                k,
+                n,
+                dtype: dtype.name(),
+                expected,
+                found: slab.bytes().len(),
+            });
+        }
+        let planned = Planned { values, k, n, by_column, dtype, start: self.end };
+        self.end += planned.len();
+        self.planned.push(planned);
+        Ok(Place(self.planned.len() - 1))
     }
 
     fn fill(self, n_threads: usize) -> Result<Vec<Matrix>> {
@@ -385,11 +435,13 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
             Arena::new(self.end).map_err(|source| Error::OutOfMemory { bytes: self.end, source })?;
         pack_all(&self.planned, arena.bytes_mut(), n_threads)?;
         let arena = arena.freeze();
-        let matrix = |&Planned { k, n, dtype, start, .. }: &Planned<'_>| Matrix {
-            slab: Slab::new(&arena, start..start + packed_len(dtype, k, n)),
-            k,
-            n,
-            dtype,
+        let matrix = |planned: &Planned<'_>| {
+            let &Planned { k, n, dtype, start, .. } = planned;
+            let slab = match &planned.values {
+                Values::Packed(slab) => slab.clone(),
+                _ => Slab::new(&arena, start..start + planned.len()),
+            };
+            Matrix { slab, k, n, dtype }
         };
         Ok(self.planned.iter().map(matrix).collect())
     }
