@@ -1,4 +1,4 @@
-"""Packed files: the same bits as the model they were made of, by folder or file; what does not fit is named."""
+"""Packed files: the bits of the models they were made of, by folder or file; what does not fit is named."""
 
 from __future__ import annotations
 
