@@ -4,13 +4,14 @@
 //! arrays in memory; nothing of the data is read until [`Tensor::read_rows`] asks for it. Reading
 //! is positional and takes `&self`, so that threads can read rows of one tensor at once. Data is
 //! read rather than mapped: it is only looked at once, on its way into the packed weights, and a
-//! file that shrinks under a reader is then an error instead of a SIGBUS.
+//! file that shrinks under a reader is then an error instead of a SIGBUS. Bytes that are packed
+//! already are for [`crate::packed`].
 
 mod data_file;
 mod safetensors_header;
 
 use crate::error::{Error, Result};
-use data_file::DataFile;
+pub(crate) use data_file::DataFile;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::collections::BTreeMap;
@@ -211,9 +212,10 @@ enum Entry {
     /// A tensor of a type that no weight has (the causal masks of old files are booleans or bytes):
     /// an error only for who asks for it.
     Unsupported {
-        dtype: String,
+        dtype: safetensors::Dtype,
         shape: Vec<usize>,
-        path: PathBuf,
+        file: Arc<DataFile>,
+        offset: u64,
     },
 }
 
@@ -223,6 +225,7 @@ pub struct Checkpoint {
     entries: BTreeMap<String, Entry>,
     /// One open file however many tensors it holds: file descriptors are few.
     files: BTreeMap<PathBuf, Arc<DataFile>>,
+    metadata: BTreeMap<String, String>,
 }
 
 impl Checkpoint {
@@ -242,7 +245,11 @@ impl Checkpoint {
         let mut checkpoint = Checkpoint::new();
         for path in paths {
             let file = checkpoint.open(path.as_ref())?;
-            for found in safetensors_header::read(&file)? {
+            let contents = safetensors_header::read(&file)?;
+            if paths.len() == 1 {
+                checkpoint.metadata = contents.metadata;
+            }
+            for found in contents.tensors {
                 let entry = match found.stored_type() {
                     Some(dtype) => Entry::Tensor(Tensor {
                         parts: vec![Part {
@@ -253,9 +260,10 @@ impl Checkpoint {
                         transposed: false,
                     }),
                     None => Entry::Unsupported {
-                        dtype: found.dtype.to_string(),
+                        dtype: found.dtype,
                         shape: found.shape,
-                        path: file.path().to_owned(),
+                        file: Arc::clone(&file),
+                        offset: found.offset,
                     },
                 };
                 match checkpoint.entries.entry(found.name) {
@@ -344,13 +352,41 @@ impl Checkpoint {
     pub fn get(&self, name: &str) -> Result<&Tensor> {
         match self.entries.get(name) {
             Some(Entry::Tensor(tensor)) => Ok(tensor),
-            Some(Entry::Unsupported { dtype, path, .. }) => Err(Error::UnsupportedStoredType {
+            Some(Entry::Unsupported { dtype, file, .. }) => Err(Error::UnsupportedStoredType {
                 name: name.to_owned(),
-                dtype: dtype.clone(),
-                path: path.clone(),
+                dtype: dtype.to_string(),
+                path: file.path().to_owned(),
             }),
             None => Err(Error::MissingTensor { name: name.to_owned() }),
         }
+    }
+
+    /// What the writer of a single safetensors file noted in its header.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Where a vector of bytes lies, from the start of its file.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], or [`Error::NotPacked`] for anything but a vector of U8.
+    pub fn bytes(&self, name: &str) -> Result<Range<u64>> {
+        let (dtype, shape) = match self.entries.get(name) {
+            Some(Entry::Unsupported { dtype: safetensors::Dtype::U8, shape, offset, .. })
+                if shape.len() == 1 =>
+            {
+                return Ok(*offset..offset + shape[0] as u64);
+            }
+            Some(Entry::Unsupported { dtype, shape, .. }) => (dtype.to_string(), shape.clone()),
+            Some(Entry::Tensor(tensor)) => (tensor.dtype().name().to_owned(), tensor.shape.clone()),
+            None => return Err(Error::MissingTensor { name: name.to_owned() }),
+        };
+        Err(Error::NotPacked { name: name.to_owned(), dtype, shape })
+    }
+
+    /// The file, where there is one alone.
+    pub(crate) fn only_file(&self) -> Option<&DataFile> {
+        self.files.values().next().filter(|_| self.files.len() == 1).map(|file| &**file)
     }
 
     /// The shape of a tensor of whatever type, as the model means it.

@@ -345,6 +345,83 @@ pub enum Error {
         /// The weights' type.
         dtype: &'static str,
     },
+    /// A packed file says something else of itself than it may.
+    #[error("{path}: packed weights: {field} must be {expected}, found {found}")]
+    PackedField {
+        /// The file.
+        path: PathBuf,
+        /// The field of the header's metadata.
+        field: &'static str,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// A packed file was written for kernels that read weights in another order.
+    #[error(
+        "{path}: the weights are packed as {found:?}, this version reads {expected:?}; convert the model again \
+         (gpt2rs convert)"
+    )]
+    PackedLayout {
+        /// The file.
+        path: PathBuf,
+        /// What this version reads.
+        expected: String,
+        /// What the file says.
+        found: String,
+    },
+    /// Packed weights stay in the type that they were packed in.
+    #[error(
+        "{path}: the weights are packed as {held}, dtype is {asked}; leave dtype out, or convert the model again"
+    )]
+    PackedDtype {
+        /// The file.
+        path: PathBuf,
+        /// The file's type.
+        held: &'static str,
+        /// The type asked for.
+        asked: &'static str,
+    },
+    /// A packed file's own config is not the one that is to be used.
+    #[error("{path}: the packed file's own config is another than the one given")]
+    PackedConfig {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A matrix of a packed file is not stored as packed bytes.
+    #[error("tensor {name}: expected packed bytes, a vector of U8, found {dtype} of shape {shape:?}")]
+    NotPacked {
+        /// The tensor.
+        name: String,
+        /// Its type.
+        dtype: String,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+    /// Packed bytes are not as many as the matrix takes.
+    #[error("tensor {name}: a packed ({k}, {n}) {dtype} matrix takes {expected} bytes, found {found}")]
+    PackedBytes {
+        /// The tensor.
+        name: String,
+        /// Rows by the config.
+        k: usize,
+        /// Columns by the config.
+        n: usize,
+        /// The type it is held in.
+        dtype: &'static str,
+        /// Bytes by shape and type.
+        expected: usize,
+        /// Bytes in the file.
+        found: usize,
+    },
+    /// Packed bytes do not begin at a cache line.
+    #[error("tensor {name}: packed bytes must begin at a multiple of 64 in the file, found {offset}")]
+    PackedPlace {
+        /// The tensor.
+        name: String,
+        /// Where they begin.
+        offset: u64,
+    },
     /// The weights do not fit into memory.
     #[error("no memory for {bytes} bytes of weights: {source}")]
     OutOfMemory {

@@ -16,8 +16,8 @@
 //! | K, N | inputs and outputs of a matrix |
 //!
 //! Modules, from what imports nothing to what imports all: [`error`], [`simd`], [`pool`], [`mapped`], [`philox`] and
-//! [`config`]; [`checkpoint`] (where a file's tensors are); [`ops`] (one file an operation); [`kv_cache`]; [`weights`]
-//! (tensors packed for the kernels); [`parallel`] (operations cut over threads); [`model`] (GPT-2); [`sample`];
+//! [`config`]; [`checkpoint`] (where a file's tensors are); [`ops`] (one file an operation); [`kv_cache`]; [`packed`]
+//! (files of packed weights); [`weights`] (tensors packed for the kernels); [`parallel`] (operations cut over threads); [`model`] (GPT-2); [`sample`];
 //! [`session`] (prefill and decode); [`speculate`] (several tokens a pass).
 
 #![deny(unsafe_code)]
@@ -31,6 +31,7 @@ pub mod kv_cache;
 pub mod mapped;
 pub mod model;
 pub mod ops;
+pub mod packed;
 pub mod parallel;
 pub mod philox;
 #[allow(unsafe_code)]

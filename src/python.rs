@@ -4,6 +4,7 @@ use crate::checkpoint::StoredType;
 use crate::config::Precision;
 use crate::error::Error;
 use crate::model::Options;
+use crate::packed::{self, Packed};
 use crate::sample::{Sample, Sampling, Scratch};
 use crate::session::{self, DecodeScratch, Proceed, Sequence};
 use crate::simd::Isa;
@@ -224,6 +225,11 @@ impl Checkpoint {
         let shape = array.shape().to_vec();
         Ok(self.0.add_array(name, array.as_slice()?.to_vec(), &shape, transposed)?)
     }
+    /// Of a packed file: its config, the type of its weights, and the name of their layout; else None.
+    fn packed(&self) -> PyResult<Option<(Config, &'static str, String)>> {
+        let packed = Packed::of(&self.0)?;
+        Ok(packed.map(|Packed { config, dtype, .. }| (Config(config), dtype.name(), packed::layout(dtype))))
+    }
     fn names(&self) -> Vec<String> {
         self.0.names().map(str::to_owned).collect()
     }
@@ -318,6 +324,10 @@ impl Model {
     }
     fn save_safetensors(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
         Ok(py.detach(|| save::save(self.0.config(), self.0.weights(), &path))?)
+    }
+    fn save_packed(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        let model = &self.0;
+        Ok(py.detach(|| save::save_packed(model.config(), model.weights(), model.dtype(), &path))?)
     }
     fn session(&self) -> Session {
         Session { model: Arc::clone(&self.0), sequence: Sequence::new(&self.0) }

@@ -1,7 +1,8 @@
-//! Weights -> a safetensors file that Hugging Face transformers loads.
+//! Weights -> a safetensors file that Hugging Face transformers loads, or a packed one.
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::packed::{self, Data};
 use crate::weights::{Dtype, Linear, Matrix, Norm, Weights};
 use safetensors::tensor::{View, serialize_to_file};
 use std::borrow::Cow;
@@ -21,6 +22,15 @@ enum Values<'a> {
         by_column: bool,
     },
     Floats(&'a [f32]),
+}
+
+impl Tensor<'_> {
+    fn as_held(&self) -> Data<'_> {
+        match self.values {
+            Values::Matrix { matrix, .. } => Data::Matrix(matrix.packed()),
+            Values::Floats(values) => Data::Floats(values, &self.shape),
+        }
+    }
 }
 
 impl View for Tensor<'_> {
@@ -57,7 +67,30 @@ pub fn save(config: &Config, weights: &Weights, path: &Path) -> Result<()> {
     if dtype.is_integer() {
         return Err(Error::SaveQuantised { dtype: dtype.name() });
     }
-    let mut tensors: Vec<(String, Tensor<'_>)> = Vec::new();
+    // transformers wants to know which framework's names these are.
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    serialize_to_file(tensors(config, weights), Some(metadata), path).map_err(|error| Error::Io {
+        path: path.to_owned(),
+        source: match error {
+            safetensors::SafeTensorError::IoError(source) => source,
+            other => std::io::Error::other(other),
+        },
+    })
+}
+
+/// Writes all weights as they are held, into a file that is opened without packing.
+///
+/// # Errors
+/// [`Error::Io`], such as a full disk; what has been written by then stays.
+pub fn save_packed(config: &Config, weights: &Weights, dtype: Dtype, path: &Path) -> Result<()> {
+    let tensors = tensors(config, weights);
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.as_held())).collect();
+    packed::write(path, config, dtype, &tensors)
+}
+
+/// All tensors under Hugging Face's names.
+fn tensors<'a>(config: &Config, weights: &'a Weights) -> Vec<(String, Tensor<'a>)> {
+    let mut tensors = Vec::new();
     let mut add = |name: String, shape: &[usize], values| {
         tensors.push((name, Tensor { shape: shape.to_vec(), values }));
     };
@@ -89,13 +122,5 @@ pub fn save(config: &Config, weights: &Weights, path: &Path) -> Result<()> {
             add(format!("{name}.bias"), &[bias.len()], Values::Floats(bias));
         }
     }
-    // transformers wants to know which framework's names these are.
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    serialize_to_file(tensors, Some(metadata), path).map_err(|error| Error::Io {
-        path: path.to_owned(),
-        source: match error {
-            safetensors::SafeTensorError::IoError(source) => source,
-            other => std::io::Error::other(other),
-        },
-    })
+    tensors
 }

@@ -2,17 +2,19 @@
 
 mod pack;
 
-use crate::checkpoint::{Checkpoint, Tensor};
+use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::mapped::{Arena, Slab};
 use crate::ops::pairs::{Bf16, F32};
 use crate::ops::panels::{Format, Int4Groups, Int8Groups, Panels};
 use crate::ops::round::rotation;
+use crate::packed::Packed;
 use crate::philox::Normal;
 use half::bf16;
 use pack::{Planned, Values, pack_all};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 pub use crate::config::Dtype;
 
@@ -132,6 +134,11 @@ impl Matrix {
         }
     }
 
+    /// The bytes as they lie in memory, for a packed file.
+    pub fn packed(&self) -> &[u8] {
+        self.slab.bytes()
+    }
+
     fn bytes(&self) -> usize {
         self.slab.bytes().len()
     }
@@ -139,13 +146,9 @@ impl Matrix {
 
 fn unpack<F: Format>(w: Panels<'_, F>, by_column: bool, out: &mut dyn FnMut(usize, f32)) {
     let (k, n) = (w.k(), w.n());
-    let mut rows = Vec::new();
-    for panel in 0..w.count() {
-        w.unpack(panel, &mut rows);
-        for (i, row) in rows.iter().enumerate() {
-            for (column, &value) in w.columns(panel).zip(row) {
-                out(if by_column { column * k + i } else { i * n + column }, value);
-            }
+    for column in 0..n {
+        for i in 0..k {
+            out(if by_column { column * k + i } else { i * n + column }, w.value(i, column));
         }
     }
 }
@@ -196,7 +199,8 @@ pub fn packed_bytes(config: &Config, dtype: Dtype) -> u64 {
 
 /// Where the values of a model's tensors come from.
 pub enum Origin<'a> {
-    /// A checkpoint, whose names and shapes are checked against the config.
+    /// A checkpoint, whose names and shapes are checked against the config. One that is packed already is not packed
+    /// again, and must be of the config and type that are asked for.
     Checkpoint(&'a Checkpoint),
     /// GPT-2's initialisation: N(0, 0.02), projections into the residual stream scaled by 1/sqrt(2 L), biases zero,
     /// gains one. The same seed gives the same weights on every machine.
@@ -215,7 +219,14 @@ impl Weights {
         match origin {
             Origin::Checkpoint(checkpoint) => {
                 let named = Named::new(config, checkpoint)?;
-                Builder::build(config, dtype, n_threads, |name, shape| named.tensor(name, shape))
+                let Some(packed) = Packed::of(checkpoint)? else {
+                    return Builder::build(config, dtype, n_threads, |name, shape| named.tensor(name, shape));
+                };
+                packed.check(config, dtype)?;
+                let arena = packed.open(n_threads)?;
+                Builder::build(config, dtype, n_threads, |name, shape| {
+                    named.packed(&packed, &arena, name, shape)
+                })
             }
             Origin::Random { seed } => {
                 let mut stream = 0;
@@ -260,13 +271,15 @@ fn initial<'a>(config: &Config, name: &str, seed: u64, stream: u64) -> Values<'a
 
 /// A checkpoint whose names have been brought into one form and checked.
 struct Named<'a> {
-    tensors: BTreeMap<&'a str, &'a Tensor>,
+    checkpoint: &'a Checkpoint,
+    /// The name -> the name that the checkpoint has for it.
+    stored: BTreeMap<&'a str, &'a str>,
 }
 
 impl<'a> Named<'a> {
     fn new(config: &Config, checkpoint: &'a Checkpoint) -> Result<Named<'a>> {
         let expected: BTreeSet<String> = names(config).collect();
-        let mut tensors = BTreeMap::new();
+        let mut names = BTreeMap::new();
         for stored in checkpoint.names() {
             let name = stored.strip_prefix("transformer.").unwrap_or(stored);
             // Causal masks that old versions stored, and the copy of a tied head.
@@ -279,15 +292,15 @@ impl<'a> Named<'a> {
             if !expected.contains(name) {
                 return Err(Error::UnexpectedTensor { name: stored.to_owned() });
             }
-            if tensors.insert(name, checkpoint.get(stored)?).is_some() {
+            if names.insert(name, stored).is_some() {
                 return Err(Error::AmbiguousTensor { name: name.to_owned() });
             }
         }
-        Ok(Named { tensors })
+        Ok(Named { checkpoint, stored: names })
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Values<'a>> {
-        let Some(tensor) = self.tensors.get(name) else {
+        let Some(stored) = self.stored.get(name) else {
             // nanoGPT and the textbooks leave biases out.
             return if name.ends_with(".bias") {
                 Ok(Values::Constant(0.0))
@@ -295,6 +308,7 @@ impl<'a> Named<'a> {
                 Err(Error::MissingTensor { name: name.to_owned() })
             };
         };
+        let tensor = self.checkpoint.get(stored)?;
         if tensor.shape() != shape {
             return Err(Error::TensorShape {
                 name: name.to_owned(),
@@ -303,6 +317,24 @@ impl<'a> Named<'a> {
             });
         }
         Ok(Values::Tensor(tensor))
+    }
+
+    /// The same of a packed file, which leaves nothing out.
+    fn packed(
+        &self,
+        packed: &Packed<'_>,
+        arena: &Arc<Arena>,
+        name: &str,
+        shape: &[usize],
+    ) -> Result<Values<'a>> {
+        let Some(stored) = self.stored.get(name) else {
+            return Err(Error::MissingTensor { name: name.to_owned() });
+        };
+        if shape.len() == 2 && name != "wpe.weight" {
+            Ok(Values::Packed(Slab::new(arena, packed.matrix(stored)?)))
+        } else {
+            self.tensor(name, shape)
+        }
     }
 }
 
@@ -338,18 +370,12 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
         for i in 0..config.n_layer {
             let name = |part: &str| format!("h.{i}.{part}");
             let mut ln_1 = builder.norm(&name("ln_1"), c)?;
+            let c_attn = builder.linear(&name("attn.c_attn"), c, 3 * c, Some(&mut ln_1))?;
+            let attn_c_proj = builder.linear(&name("attn.c_proj"), c, c, None)?;
             let mut ln_2 = builder.norm(&name("ln_2"), c)?;
-            let scales =
-                if dtype.is_integer() { [even(&mut ln_1), even(&mut ln_2)] } else { Default::default() };
-            let [attn, mlp] = scales;
-            blocks.push((
-                ln_1,
-                builder.linear(&name("attn.c_attn"), c, 3 * c, attn)?,
-                builder.linear(&name("attn.c_proj"), c, c, Vec::new())?,
-                ln_2,
-                builder.linear(&name("mlp.c_fc"), c, config.n_inner, mlp)?,
-                builder.linear(&name("mlp.c_proj"), config.n_inner, c, Vec::new())?,
-            ));
+            let c_fc = builder.linear(&name("mlp.c_fc"), c, config.n_inner, Some(&mut ln_2))?;
+            let mlp_c_proj = builder.linear(&name("mlp.c_proj"), config.n_inner, c, None)?;
+            blocks.push((ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj));
         }
         let ln_f = builder.norm("ln_f", c)?;
         let lm_head = if config.tie_word_embeddings {
@@ -382,11 +408,19 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
         Ok(Norm { weight, bias })
     }
 
-    fn linear(&mut self, name: &str, k: usize, n: usize, scales: Vec<f32>) -> Result<(Place, Vec<f32>)> {
+    fn linear(
+        &mut self,
+        name: &str,
+        k: usize,
+        n: usize,
+        behind: Option<&mut Norm>,
+    ) -> Result<(Place, Vec<f32>)> {
         let values = (self.values)(&format!("{name}.weight"), &[k, n])?;
         let by_column = matches!(values, Values::Tensor(tensor) if tensor.transposed());
         let bias = (self.values)(&format!("{name}.bias"), &[n])?.vector(n, 1)?;
-        Ok((self.plan(name, values, (k, n), by_column, scales), bias))
+        let rounded = self.dtype.is_integer() && !matches!(values, Values::Packed(_));
+        let scales = behind.filter(|_| rounded).map(even).unwrap_or_default();
+        Ok((self.plan(name, values, (k, n), by_column, scales)?, bias))
     }
 
     /// A (V, C) embedding, whose rows are the columns of the head's (C, V) matrix.
@@ -395,7 +429,7 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
         if matches!(values, Values::Tensor(tensor) if tensor.transposed()) {
             return Err(Error::TransposedEmbedding { name: name.to_owned() });
         }
-        Ok(self.plan(name, values, (c, v), true, Vec::new()))
+        self.plan(name, values, (c, v), true, Vec::new())
     }
 
     fn plan(
@@ -405,12 +439,26 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
         (k, n): (usize, usize),
         by_column: bool,
         scales: Vec<f32>,
-    ) -> Place {
+    ) -> Result<Place> {
         let dtype = self.dtype;
+        let expected = packed_len(dtype, k, n);
+        if let Values::Packed(slab) = &values
+            && slab.bytes().len() != expected
+        {
+            return Err(Error::PackedBytes {
+                name: name.to_owned(),
+                k,
+                n,
+                dtype: dtype.name(),
+                expected,
+                found: slab.bytes().len(),
+            });
+        }
         let rotation = rotated_by(name, k, dtype);
-        self.planned.push(Planned { values, k, n, by_column, scales, rotation, dtype, start: self.end });
-        self.end += packed_len(dtype, k, n);
-        Place(self.planned.len() - 1)
+        let planned = Planned { values, k, n, by_column, scales, rotation, dtype, start: self.end };
+        self.end += planned.len();
+        self.planned.push(planned);
+        Ok(Place(self.planned.len() - 1))
     }
 
     fn fill(self, n_threads: usize) -> Result<Vec<Matrix>> {
@@ -418,12 +466,13 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
             Arena::new(self.end).map_err(|source| Error::OutOfMemory { bytes: self.end, source })?;
         pack_all(&self.planned, arena.bytes_mut(), n_threads)?;
         let arena = arena.freeze();
-        let matrix = |&Planned { k, n, dtype, rotation, start, .. }: &Planned<'_>| Matrix {
-            slab: Slab::new(&arena, start..start + packed_len(dtype, k, n)),
-            k,
-            n,
-            dtype,
-            rotation,
+        let matrix = |planned: &Planned<'_>| {
+            let &Planned { k, n, dtype, rotation, start, .. } = planned;
+            let slab = match &planned.values {
+                Values::Packed(slab) => slab.clone(),
+                _ => Slab::new(&arena, start..start + planned.len()),
+            };
+            Matrix { slab, k, n, dtype, rotation }
         };
         Ok(self.planned.iter().map(matrix).collect())
     }

@@ -17,9 +17,7 @@ _PRECISIONS = ("exact", "fast")
 class Build:
     """How a core model is to be built, checked before anything is read."""
 
-    def __init__(
-        self, dtype: Any, kv_dtype: Any, precision: str, device: str, n_threads: int | None
-    ) -> None:
+    def __init__(self, dtype: Any, kv_dtype: Any, precision: str, device: str, n_threads: int | None) -> None:
         """Check the options; ValueError names the one that is wrong, RuntimeError a device out of reach."""
         self.dtype = None if dtype is None else _dtype_name("dtype", dtype, _DTYPES)
         self.kv_dtype = None if kv_dtype is None else _dtype_name("kv_dtype", kv_dtype, _KV_DTYPES)
@@ -30,17 +28,15 @@ class Build:
         if self.n_threads == 0:
             raise ValueError("n_threads is 0; it must be at least 1, or None to choose")
         _check_device(device)
-        if precision == "fast":
-            self.dtype = self.dtype or "bfloat16"
-            if self.dtype != "bfloat16":
-                raise ValueError(f'precision "fast" is for bfloat16 weights; dtype is {self.dtype!r}')
+        if precision == "fast" and self.dtype not in (None, "bfloat16"):
+            raise ValueError(f'precision "fast" is for bfloat16 weights; dtype is {self.dtype!r}')
 
     def load(self, config: _core.Config, checkpoint: _core.Checkpoint, stored_dtype: str) -> _core.Model:
-        """A model with a checkpoint's weights; without a dtype, bfloat16 files stay what they are."""
+        """A model with a checkpoint's weights; without a dtype, bfloat16 and packed files stay so."""
         return _core.Model.load(
             config,
             checkpoint,
-            dtype=self.dtype or ("bfloat16" if stored_dtype == "bfloat16" else "float32"),
+            dtype=self._dtype(stored_dtype),
             kv_dtype=self.kv_dtype,
             precision=self.precision,
             n_threads=self.n_threads,
@@ -51,11 +47,18 @@ class Build:
         return _core.Model.random(
             config,
             seed=seed,
-            dtype=self.dtype or "float32",
+            dtype=self._dtype("float32"),
             kv_dtype=self.kv_dtype,
             precision=self.precision,
             n_threads=self.n_threads,
         )
+
+    def _dtype(self, stored_dtype: str) -> str:
+        if self.dtype is not None:
+            return self.dtype
+        if stored_dtype in ("int8", "int4"):
+            return stored_dtype
+        return "bfloat16" if stored_dtype == "bfloat16" or self.precision == "fast" else "float32"
 
 
 def _one_of(names: tuple[str, ...]) -> str:

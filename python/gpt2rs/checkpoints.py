@@ -28,7 +28,9 @@ _FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "ckpt.pt",
+    "packed.safetensors",
 )
+PACKED = _FILES[-1]
 _PATTERNS = ("*.safetensors", "*.pth", "*.pt", "*.bin")
 # What trainers leave beside the weights.
 _NOT_WEIGHTS = {
@@ -53,8 +55,10 @@ class Source:
         checkpoint: where its tensors are.
         folder: where to look for its tokenizer's files; None when it came from arrays.
         stored_dtype: the dtype of the token embedding in the file: "float32", "float16", "bfloat16" or
-            "float64".
-        kind: what it was read from: "safetensors", "PyTorch", "nanoGPT", "textbook", "llm.c" or "arrays".
+            "float64"; of a packed file that of its weights, "int8" and "int4" among them.
+        kind: what it was read from: "safetensors", "PyTorch", "nanoGPT", "textbook", "llm.c", "packed" or
+            "arrays".
+        layout: how the weights of a packed file lie in it; None for all others.
     """
 
     config: Config
@@ -62,6 +66,7 @@ class Source:
     folder: Path | None
     stored_dtype: str
     kind: str
+    layout: str | None = None
 
 
 def open_checkpoint(
@@ -80,9 +85,9 @@ def open_checkpoint(
             a separator: "./shakespeare"); else a folder or a file that exists; else the name of a model on
             the Hugging Face hub, such as "openai-community/gpt2". A folder may hold, in order of preference,
             model.safetensors, model.safetensors.index.json with its shards, pytorch_model.bin,
-            pytorch_model.bin.index.json with its shards, nanoGPT's ckpt.pt, or one file *.safetensors, *.pth,
-            *.pt or *.bin. A file may be any of safetensors, PyTorch (a state dict under Hugging Face's,
-            nanoGPT's or the textbook's names) or llm.c's version 3 or 5.
+            pytorch_model.bin.index.json with its shards, nanoGPT's ckpt.pt, packed.safetensors, or one file
+            *.safetensors, *.pth, *.pt or *.bin. A file may be any of safetensors, packed ones too, PyTorch (a
+            state dict under Hugging Face's, nanoGPT's or the textbook's names) or llm.c's version 3 or 5.
         config: a `Config`, the name of a preset, the path or the text of a config.json, or its content as a
             dict. By default the file's own settings (nanoGPT, llm.c), else config.json beside it.
         revision: branch, tag or commit on the hub.
@@ -279,12 +284,38 @@ def _config_for(path: Path, given: Config | None, own: Callable[[], Config] | No
 
 def _open_safetensors(files: list[Path], given: Config | None) -> Source:
     checkpoint = Checkpoint.open_safetensors([str(path) for path in files])
+    packed = checkpoint.packed()
+    if packed is not None:
+        own, dtype, layout = packed
+        _check_same(files[0], own, given)
+        return Source(own, checkpoint, files[0].parent, dtype, "packed", layout)
     config = _config_for(files[0], given)
     for path in files:
-        dtype = _embedding_dtype(path)
-        if dtype is not None:
-            return Source(config, checkpoint, path.parent, dtype, "safetensors")
+        stored = _embedding_dtype(path)
+        if stored is not None:
+            return Source(config, checkpoint, path.parent, stored, "safetensors")
     raise ValueError(f"{files[0]}: no tensor wte.weight of a floating-point type")
+
+
+def _check_same(path: Path, own: Config, given: Config | None) -> None:
+    """ValueError where a packed file was given another config than its own, or stands beside one."""
+    beside = path.parent / "config.json"
+    name = "config"
+    if given is None and path.name == PACKED and beside.exists():
+        given, name = _config_file(beside), str(beside)
+    if given is None or given == own:
+        return
+    theirs, ours = json.loads(given.to_json()), json.loads(own.to_json())
+    field = next((key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)), "a field")
+    raise ValueError(
+        f"{path}: the file's own config has {field} = {json.dumps(ours.get(field))}, {name} has "
+        f"{json.dumps(theirs.get(field))}; a packed file's config is fixed, convert the model again"
+    )
+
+
+def weights_beside_packed(folder: Path) -> Path | None:
+    """A file that `from_pretrained` would take from this folder in place of a packed one."""
+    return next((folder / name for name in _FILES[:-1] if (folder / name).is_file()), None)
 
 
 def _embedding_dtype(path: Path) -> str | None:

@@ -68,10 +68,10 @@ class GPT2:
 
         name_or_path: Hugging Face's folders and safetensors files, one or sharded; PyTorch's `.bin`, `.pt`
             and `.pth` (transformers', nanoGPT's, and the textbooks' names), of which no code is run; llm.c's
-            `.bin`.
+            `.bin`; what `save_packed` wrote.
         dtype: how the weights are held: "float32", "bfloat16", "int8" (groups of 32 with a scale, 8.5 bits a
-            weight) or "int4" (groups of 16, 4.5 bits a weight).  None keeps bfloat16 files and makes
-            float32 of others.
+            weight) or "int4" (groups of 16, 4.5 bits a weight).  None keeps bfloat16 and packed files and
+            makes float32 of others; a packed file has its own only.
         kv_dtype: the same for keys and values: "float32", "bfloat16" or "int8"; None: that of the weights,
             int8 beside int4.
         precision: "exact", or "fast": activations are rounded to bfloat16 where they meet bfloat16 weights,
@@ -165,6 +165,19 @@ class GPT2:
         from .saving import save_pretrained
 
         save_pretrained(self._core, Path(folder).expanduser(), tokenizer_folder=self._folder)
+
+    def save_packed(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json, packed.safetensors and the tokenizer's files into `folder`, which
+        `from_pretrained` then opens at once, without packing.
+
+        Weights are written as they are held, int8 and int4 among them, for this version of gpt2rs: another
+        may refuse the file, by the name of its layout, so keep the model that it came from.  As for
+        `save_pretrained`, OSError leaves what was there before; ValueError for a folder that has other
+        weights.  The file is mapped while a model uses it: replace it, but don't write into it.
+        """
+        from .saving import save_packed
+
+        save_packed(self._core, Path(folder).expanduser(), tokenizer_folder=self._folder)
 
     @property
     def config(self) -> _core.Config:

@@ -1,4 +1,4 @@
-"""A model to a folder that transformers loads: all of it, or nothing."""
+"""A model to a folder, for transformers or packed: all of it, or nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from . import _core
+from .checkpoints import PACKED, weights_beside_packed
 
 # What a tokenizer may be kept in; copied as it is.
 _TOKENIZER_FILES = (
@@ -27,17 +28,53 @@ _TOKENIZER_FILES = (
 def save_pretrained(model: _core.Model, folder: Path, *, tokenizer_folder: Path | None) -> None:
     """Write `model` and the tokenizer's files of `tokenizer_folder` into `folder`, which is made if need be.
 
-    Every file is complete elsewhere before the first takes its place.  OSError names the folder; no
-    half file stays behind.
+    OSError names the folder; no half file stays behind.
     """
     config = {**json.loads(model.config.to_json()), "torch_dtype": model.dtype}
-    writers: dict[str, Callable[[Path], object]] = {
-        "model.safetensors": lambda path: model.save_safetensors(str(path)),
-        "config.json": lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"),
-    }
+    _save(
+        folder,
+        {
+            "model.safetensors": lambda path: model.save_safetensors(str(path)),
+            "config.json": lambda path: path.write_text(
+                json.dumps(config, indent=2) + "\n", encoding="utf-8"
+            ),
+        },
+        tokenizer_folder,
+    )
+
+
+def save_packed(model: _core.Model, folder: Path, *, tokenizer_folder: Path | None) -> None:
+    """The same with a packed file; ValueError for a folder that has other weights."""
+    check_packed_folder(folder)
+    _save(
+        folder,
+        {
+            PACKED: lambda path: model.save_packed(str(path)),
+            "config.json": lambda path: path.write_text(model.config.to_json(), encoding="utf-8"),
+        },
+        tokenizer_folder,
+    )
+
+
+def check_packed_folder(folder: Path) -> None:
+    """OSError for a file, ValueError for a folder that would load as something else than packed weights."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"cannot save the model in {folder}: it is not a folder")
+    other = weights_beside_packed(folder)
+    if other is not None:
+        raise ValueError(
+            f"cannot save packed weights in {folder}: it has weights already ({other.name}); "
+            "take another folder"
+        )
+
+
+def _save(folder: Path, writers: dict[str, Callable[[Path], object]], tokenizer_folder: Path | None) -> None:
+    """Every file is complete elsewhere before the first takes its place."""
     if tokenizer_folder is not None:
         sources = (tokenizer_folder / name for name in _TOKENIZER_FILES)
-        writers |= {source.name: partial(shutil.copyfile, source) for source in sources if source.is_file()}
+        writers = writers | {
+            source.name: partial(shutil.copyfile, source) for source in sources if source.is_file()
+        }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Within the folder, so that moving a file out of it is one step, and nothing is left on another disk.

@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 #[derive(Debug)]
-pub(super) struct DataFile {
+pub(crate) struct DataFile {
     file: File,
     path: PathBuf,
     len: u64,
@@ -25,17 +25,21 @@ impl DataFile {
         Ok(DataFile { file, path: path.to_owned(), len })
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Its length in bytes when it was opened.
-    pub(super) fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.len
     }
 
     /// Fills `out` from byte `offset` on.
-    pub(super) fn read_exact_at(&self, out: &mut [u8], offset: u64) -> Result<()> {
+    pub(crate) fn read_exact_at(&self, out: &mut [u8], offset: u64) -> Result<()> {
         self.fill(out, offset).map_err(|source| match source.kind() {
             ErrorKind::UnexpectedEof => Error::FileShrank {
                 path: self.path.clone(),

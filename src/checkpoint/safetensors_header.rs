@@ -48,8 +48,16 @@ impl Found {
     }
 }
 
+/// What a header says.
+#[derive(Debug)]
+pub(super) struct Contents {
+    /// `__metadata__`, in the writer's words.
+    pub(super) metadata: BTreeMap<String, String>,
+    pub(super) tensors: Vec<Found>,
+}
+
 /// Reads the header, and checks that its tensors fill the rest of the file without gap or overlap.
-pub(super) fn read(file: &DataFile) -> Result<Vec<Found>> {
+pub(super) fn read(file: &DataFile) -> Result<Contents> {
     let path = || file.path().to_owned();
     if file.len() < LENGTH_BYTES {
         return Err(Error::HeaderTruncated { path: path(), wanted: LENGTH_BYTES, file_bytes: file.len() });
@@ -70,7 +78,7 @@ pub(super) fn read(file: &DataFile) -> Result<Vec<Found>> {
     let json = std::str::from_utf8(&json).map_err(|error| malformed(file, &error))?;
     let header: Header = serde_json::from_str(json).map_err(|error| malformed(file, &error))?;
 
-    let mut tensors: Vec<(String, Info)> = header.0.into_iter().collect();
+    let mut tensors: Vec<(String, Info)> = header.tensors.into_iter().collect();
     tensors.sort_by_key(|(_, info)| info.data_offsets);
     let mut filled = 0;
     let mut found = Vec::with_capacity(tensors.len());
@@ -96,7 +104,7 @@ pub(super) fn read(file: &DataFile) -> Result<Vec<Found>> {
     if filled != file.len() - data_start {
         return Err(Error::DataLength { path: path(), expected: filled, found: file.len() - data_start });
     }
-    Ok(found)
+    Ok(Contents { metadata: header.metadata, tensors: found })
 }
 
 /// The error for a header that is not the JSON it should be. A parser quotes what it found, which
@@ -160,7 +168,10 @@ impl<'de> Deserialize<'de> for Shape {
 }
 
 /// All tensors by name. Its own reader, since a derived one would let a name come twice.
-struct Header(BTreeMap<String, Info>);
+struct Header {
+    metadata: BTreeMap<String, String>,
+    tensors: BTreeMap<String, Info>,
+}
 
 impl<'de> Deserialize<'de> for Header {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
@@ -197,7 +208,7 @@ impl<'de> Deserialize<'de> for Header {
                     }
                     tensors.insert(name, info);
                 }
-                Ok(Header(tensors))
+                Ok(Header { metadata: metadata.flatten().unwrap_or_default(), tensors })
             }
         }
         deserializer.deserialize_map(Tensors)

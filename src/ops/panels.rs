@@ -32,8 +32,8 @@ pub trait Format: Copy + Send + Sync + 'static {
     }
     /// Writes a group of rows, in formats whose panels are nothing but groups.
     fn encode_group(rows: &[[f32; NR]], group: &mut [u8]);
-    /// The values that group `index` of a panel stands for.
-    fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]);
+    /// What a panel holds at row `k` of a column.
+    fn value(panel: &[u8], k: usize, column: usize) -> f32;
 }
 
 /// Bytes with a bfloat16 scale for each column of 32 rows: `(byte - 128) * scale`. Four rows lie side by side, then the
@@ -63,14 +63,9 @@ impl Format for F32 {
         }
     }
 
-    fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]) {
-        let group = &panel[index * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
-        let steps: &[[[f32; LANES]; 2]] = bytemuck::cast_slice(group);
-        for (register, step) in steps.iter().enumerate() {
-            for (values, row) in step.iter().zip(rows.iter_mut()) {
-                row.as_chunks_mut().0[register] = *values;
-            }
-        }
+    fn value(panel: &[u8], k: usize, column: usize) -> f32 {
+        let values: &[f32] = bytemuck::cast_slice(panel);
+        values[k / 2 * 2 * NR + column / LANES * 2 * LANES + k % 2 * LANES + column % LANES]
     }
 }
 
@@ -85,12 +80,9 @@ impl Format for Bf16 {
         }
     }
 
-    fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]) {
-        let group = &panel[index * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
-        let pairs: &[[bf16; 2]] = bytemuck::cast_slice(group);
-        for (column, [second, first]) in pairs.iter().enumerate() {
-            (rows[0][column], rows[1][column]) = (first.to_f32(), second.to_f32());
-        }
+    fn value(panel: &[u8], k: usize, column: usize) -> f32 {
+        let pairs: &[[bf16; 2]] = bytemuck::cast_slice(panel);
+        pairs[k / 2 * NR + column][1 - k % 2].to_f32()
     }
 }
 
@@ -102,8 +94,8 @@ impl Format for Bf16Dots {
         Bf16::encode_group(rows, group);
     }
 
-    fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]) {
-        Bf16::decode(panel, index, rows);
+    fn value(panel: &[u8], k: usize, column: usize) -> f32 {
+        Bf16::value(panel, k, column)
     }
 }
 
@@ -127,17 +119,13 @@ impl Format for Int8Groups {
         }
     }
 
-    fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]) {
-        let group = &panel[index * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
+    fn value(panel: &[u8], k: usize, column: usize) -> f32 {
+        let group = &panel[k / Self::GROUP * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
         let (scales, values) = group.split_at(2 * NR);
+        let k = k % Self::GROUP;
+        let byte = values[(k / 4 * NR + column) * 4 + k % 4];
         let scales: &[bf16] = bytemuck::cast_slice(scales);
-        for (four, values) in rows.chunks_exact_mut(4).zip(values.chunks_exact(4 * NR)) {
-            for (column, (bytes, scale)) in values.chunks_exact(4).zip(scales).enumerate() {
-                for (row, &byte) in four.iter_mut().zip(bytes) {
-                    row[column] = (i32::from(byte) - ZERO) as f32 * scale.to_f32();
-                }
-            }
-        }
+        (i32::from(byte) - ZERO) as f32 * scales[column].to_f32()
     }
 }
 
@@ -226,13 +214,9 @@ impl<'a, F: Format> Panels<'a, F> {
         &self.data[index * bytes..][..bytes]
     }
 
-    /// The values of panel `index`, K rows of [`NR`] after one another.
-    pub fn unpack(&self, index: usize, rows: &mut Vec<[f32; NR]>) {
-        rows.clear();
-        rows.resize(self.groups() * F::GROUP, [0.0; NR]);
-        for (group, rows) in rows.chunks_exact_mut(F::GROUP).enumerate() {
-            F::decode(self.panel(index), group, rows);
-        }
-        rows.truncate(self.k);
+    /// What row `k` has in column `n`.
+    pub fn value(&self, k: usize, n: usize) -> f32 {
+        assert!(k < self.k && n < self.n);
+        F::value(self.panel(n / NR), k, n % NR)
     }
 }

@@ -3,6 +3,7 @@
 use super::{Dtype, packed_len};
 use crate::checkpoint::Tensor;
 use crate::error::Result;
+use crate::mapped::Slab;
 use crate::ops::pairs::{Bf16, F32};
 use crate::ops::panels::{Format, Int4Groups, Int8Groups, NR, Panels};
 use crate::philox::Normal;
@@ -19,6 +20,8 @@ pub enum Values<'a> {
     Normal(Normal),
     /// All the same.
     Constant(f32),
+    /// A matrix that is packed already, for [`Planned`] alone.
+    Packed(Slab),
 }
 
 impl Values<'_> {
@@ -28,6 +31,7 @@ impl Values<'_> {
             Values::Tensor(tensor) => tensor.read_rows(rows, out)?,
             Values::Normal(normal) => normal.fill((rows.start * row_len) as u64, out),
             Values::Constant(value) => out.fill(*value),
+            Values::Packed(_) => unreachable!("packed values are not read"),
         }
         Ok(())
     }
@@ -60,6 +64,16 @@ pub struct Planned<'a> {
     pub start: usize,
 }
 
+impl Planned<'_> {
+    /// Bytes that it takes in the arena.
+    pub fn len(&self) -> usize {
+        match self.values {
+            Values::Packed(_) => 0,
+            _ => packed_len(self.dtype, self.k, self.n),
+        }
+    }
+}
+
 /// Panels of one matrix that one thread fills; a matrix whose stored rows run across the panels is one task.
 struct Task<'a> {
     planned: &'a Planned<'a>,
@@ -74,7 +88,7 @@ pub fn pack_all(planned: &[Planned<'_>], bytes: &mut [u8], n_threads: usize) -> 
     let mut rest = bytes;
     let mut tasks = Vec::new();
     for planned in planned {
-        let (out, after) = rest.split_at_mut(packed_len(planned.dtype, planned.k, planned.n));
+        let (out, after) = rest.split_at_mut(planned.len());
         rest = after;
         let panels = if planned.by_column { PANELS } else { planned.n.div_ceil(NR) };
         let bytes = panels * packed_len(planned.dtype, planned.k, NR);

@@ -28,16 +28,19 @@ def info(
 
     source = open_checkpoint(model, config=config, revision=revision, local_files_only=offline)
     shape = source.config
+    # A packed file's weights are of one type.
+    dtypes = _DTYPES if source.layout is None else (source.stored_dtype,)
     facts: dict[str, Any] = {
         "model": model,
         "folder": None if source.folder is None else str(source.folder),
         "kind": source.kind,
         "stored_dtype": source.stored_dtype,
+        "layout": source.layout,
         "n_tensors": len(source.checkpoint.names()),
         "config": json.loads(shape.to_json()),
         "num_parameters": shape.num_parameters(),
         "num_parameters_lm_head": shape.num_parameters(lm_head=True),
-        "memory_footprint": {dtype: shape.memory_footprint(dtype) for dtype in _DTYPES},
+        "memory_footprint": {dtype: shape.memory_footprint(dtype) for dtype in dtypes},
         "kv_cache_per_token": {dtype: 2 * shape.n_layer * shape.n_embd * _BYTES[dtype] for dtype in _DTYPES},
         "tokenizer": _tokenizer(source.folder, shape.n_vocab),
     }
@@ -77,6 +80,8 @@ def _page(facts: dict[str, Any]) -> str:
         ),
         "tokenizer": words,
     }
+    if facts["layout"] is not None:
+        lines["layout"] = facts["layout"]
     rows = [f"{name:<12}{value}" for name, value in lines.items()]
     rows.append("config")
     rows += [f"  {name} = {json.dumps(value)}" for name, value in facts["config"].items()]

@@ -77,19 +77,16 @@ impl Format for Int4Groups {
         unreachable!("a panel is encoded as a whole");
     }
 
-    fn decode(panel: &[u8], index: usize, rows: &mut [[f32; NR]]) {
+    fn value(panel: &[u8], k: usize, column: usize) -> f32 {
         let (groups, factors) = panel.split_at(panel.len() - Self::PANEL_BYTES);
         let factors: &[f32] = bytemuck::cast_slice(factors);
-        let group = &groups[index * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
+        let group = &groups[k / Self::GROUP * Self::GROUP_BYTES..][..Self::GROUP_BYTES];
         let (scales, values) = group.split_at(Self::GROUP / SCALED * NR);
-        for (k, row) in rows.iter_mut().enumerate() {
-            for (column, (value, factor)) in row.iter_mut().zip(factors).enumerate() {
-                let (index, shift) = place(k, column);
-                let level = LEVELS[usize::from(values[index] >> shift & 15)];
-                let scale = scales[k / SCALED * NR + column].cast_signed();
-                *value = f32::from(level) * f32::from(scale) * factor;
-            }
-        }
+        let k = k % Self::GROUP;
+        let (index, shift) = place(k, column);
+        let level = LEVELS[usize::from(values[index] >> shift & 15)];
+        let scale = scales[k / SCALED * NR + column].cast_signed();
+        f32::from(level) * f32::from(scale) * factors[column]
     }
 }
 
