@@ -2,7 +2,7 @@
 //! (`tests/golden/make_golden.py`).
 
 use gpt2rs::checkpoint::Checkpoint;
-use gpt2rs::config::Config;
+use gpt2rs::config::{Config, Precision};
 use gpt2rs::model::{Model, Options};
 use gpt2rs::session;
 use gpt2rs::simd::Isa;
@@ -92,7 +92,11 @@ impl Case {
     }
 
     fn model(&self, isa: Isa, dtype: Dtype) -> Model {
-        let options = Options { dtype, n_threads: Some(2), isa: Some(isa), kv_dtype: Some(Dtype::F32) };
+        self.model_with(Options { dtype, isa: Some(isa), kv_dtype: Some(Dtype::F32), ..Options::default() })
+    }
+
+    fn model_with(&self, options: Options) -> Model {
+        let options = Options { n_threads: Some(2), ..options };
         Model::new(self.config.clone(), Origin::Checkpoint(&self.checkpoint), options).unwrap()
     }
 
@@ -171,5 +175,50 @@ fn the_bound_is_narrow() {
     for name in CASES {
         let case = Case::open(name);
         assert!(case.bound(2 * case.config.n_embd) < 2e-4, "{name}: {:e}", case.bound(0));
+    }
+}
+
+/// How far logits are from the reference's: the root of the mean square of the differences, as a part of the reference's
+/// spread over the vocabulary (both without each row's mean, which no probability depends on); and the mean over the
+/// tokens of the KL divergence from the reference's distribution, in nats.
+fn distance(case: &Case, logits: &[f32]) -> (f64, f64) {
+    let v = case.config.n_vocab;
+    let rows = case.logits.values.chunks_exact(v).zip(logits.chunks_exact(v));
+    let (mut square, mut spread, mut divergence) = (0.0, 0.0, 0.0);
+    for (expected, found) in rows {
+        let found: Vec<f64> = found.iter().map(|&logit| f64::from(logit)).collect();
+        let centred = |row: &[f64]| -> Vec<f64> {
+            let mean = row.iter().sum::<f64>() / v as f64;
+            row.iter().map(|logit| logit - mean).collect()
+        };
+        let log_total = |row: &[f64]| row.iter().map(|logit| logit.exp()).sum::<f64>().ln();
+        let (expected, found) = (centred(expected), centred(&found));
+        let (p_total, q_total) = (log_total(&expected), log_total(&found));
+        for (p, q) in expected.iter().zip(&found) {
+            square += (p - q).powi(2);
+            spread += p.powi(2);
+            divergence += (p - p_total).exp() * ((p - p_total) - (q - q_total));
+        }
+    }
+    ((square / spread).sqrt(), divergence / (logits.len() / v) as f64)
+}
+
+/// Narrow types lose what their steps are wide, and no more.
+#[test]
+fn narrow_types_stay_near_the_reference() {
+    let fast = Options { dtype: Dtype::BF16, precision: Precision::Fast, ..Options::default() };
+    let kinds = [
+        ("bfloat16", Options { precision: Precision::Exact, ..fast }),
+        ("bfloat16, fast", fast),
+        ("int8", Options { dtype: Dtype::Int8, ..Options::default() }),
+        ("float32, int8 cache", Options { kv_dtype: Some(Dtype::Int8), ..Options::default() }),
+        ("int4", Options { dtype: Dtype::Int4, ..Options::default() }),
+    ];
+    for name in CASES {
+        let case = Case::open(name);
+        for (kind, options) in kinds {
+            let (logits, _) = case.compute(&case.model_with(options));
+            println!("{name} {kind}: {:?}", distance(&case, &logits));
+        }
     }
 }
