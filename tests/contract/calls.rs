@@ -15,8 +15,11 @@ fn mixed_types_have_one_answer_each() {
         for kv_dtype in [Dtype::F32, Dtype::BF16, Dtype::Int8] {
             let types = types.cached_in(kv_dtype);
             let reference = reference(ODD, types);
-            let found =
-                Types { dtype: reference.dtype(), kv_dtype: reference.kv_dtype(), precision: reference.precision() };
+            let found = Types {
+                dtype: reference.dtype(),
+                kv_dtype: reference.kv_dtype(),
+                precision: reference.precision(),
+            };
             assert_eq!(found, types);
             let expected = pass(&reference, &mut reference.new_cache(), &tokens);
             assert!(expected.iter().all(|logit| logit.is_finite()));

@@ -177,8 +177,7 @@ fn draft_models_change_no_bit() {
     let (proposed, accepted) = check(&model, Some(&rounded), "rounded");
     assert!(2 * accepted > proposed && accepted < proposed, "{accepted} of {proposed}");
     let shape = r#"{"n_layer": 0, "n_head": 1, "n_embd": 8, "n_positions": 150, "vocab_size": 301}"#;
-    let (proposed, accepted) =
-        check(&model, Some(&self::model(shape, FLOAT32, fastest(), 1)), "small");
+    let (proposed, accepted) = check(&model, Some(&self::model(shape, FLOAT32, fastest(), 1)), "small");
     assert!(accepted < proposed, "{accepted} of {proposed}");
 }
 

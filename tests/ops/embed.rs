@@ -8,8 +8,7 @@ use proptest::prelude::*;
 
 /// A (V, C) embedding in the panels of its transpose.
 fn pack_transposed<F: Format>(wte: &[f32], c: usize) -> Vec<Line> {
-    let transposed: Vec<f32> =
-        (0..c).flat_map(|channel| wte[channel..].iter().step_by(c)).copied().collect();
+    let transposed: Vec<f32> = (0..c).flat_map(|channel| wte[channel..].iter().step_by(c)).copied().collect();
     pack::<F>(&transposed, c, wte.len() / c)
 }
 

@@ -125,25 +125,27 @@ fn a_kernel_runs_in_the_mode_that_is_asked_for() {
 }
 
 /// Rows of the second half are tiny, so that all their products are.
-fn product<F: Tested>(isa: Isa) -> Vec<f32> {
+fn product<F: Tested>() -> impl Fn(Isa) -> Vec<f32> {
     let (rows, k, n) = (4, 50, 64);
     let x = values(rows * k, 1);
     let packed = pack::<F>(&Random(2).values(k * n, 0.1), k, n);
-    let w = Panels::new(bytemuck::cast_slice(&packed), k, n);
-    let inputs = F::prepare(isa, &x, rows, k);
-    let mut all = vec![0.0; rows * n];
-    let [out] = Columns::split(&mut all, n, rows, once(0..n)).try_into().ok().unwrap();
-    F::run(isa, MatMul { x: F::inputs(&inputs), rows, w, bias: &[], then: Then::Store, out });
-    all
+    move |isa| {
+        let w = Panels::new(bytemuck::cast_slice(&packed), k, n);
+        let inputs = F::prepare(isa, &x, rows, k);
+        let mut all = vec![0.0; rows * n];
+        let [out] = Columns::split(&mut all, n, rows, once(0..n)).try_into().ok().unwrap();
+        F::run(isa, MatMul { x: F::inputs(&inputs), rows, w, bias: &[], then: Then::Store, out });
+        all
+    }
 }
 
 #[test]
 fn matmul() {
-    check(product::<F32>);
-    check(product::<Bf16>);
-    check_modes(product::<Int8Groups>);
-    check_modes(product::<Int4Groups>);
-    let flushed = check_modes(product::<Bf16Dots>);
+    check(product::<F32>());
+    check(product::<Bf16>());
+    check_modes(product::<Int8Groups>());
+    check_modes(product::<Int4Groups>());
+    let flushed = check_modes(product::<Bf16Dots>());
     assert!(flushed.iter().all(|value| !value.is_subnormal()) && flushed.contains(&0.0));
 }
 
@@ -194,37 +196,40 @@ fn exponential() {
 }
 
 /// Queries over values of which half are tiny.
-fn attended<P: Cached>(isa: Isa, run: impl Fn(Isa, Attention<'_, P>)) -> Vec<f32> {
+fn attended<P: Cached>(run: impl Fn(Isa, Attention<'_, P>)) -> impl Fn(Isa) -> Vec<f32> {
     let (hs, len) = (40, 70);
     let mut random = Random(9);
     let (q, keys) = (random.values(len * hs, 1.0), random.values(len * hs, 1.0));
     let all: Vec<f32> = (0..len).flat_map(|position| values(hs, position as u64)).collect();
-    let mut blocks = vec![lines(block_bytes::<P>(hs)); len.div_ceil(16)];
-    let mut written: Vec<&mut [u8]> = blocks.iter_mut().map(|block| bytemuck::cast_slice_mut(block)).collect();
-    let (keys, values) = (Rows::new(&keys, hs, hs), Rows::new(&all, hs, hs));
-    let (cached, blocks_out) = (PhantomData, &mut written[..]);
-    isa.run(Append::<P> { keys, values, rows: len, first: 0, blocks: blocks_out, cached });
-    let blocks: Vec<&[u8]> = blocks.iter().map(|block| bytemuck::cast_slice(block)).collect();
-    let mut out = vec![0.0; len * hs];
-    let [columns] = Columns::split(&mut out, hs, len, once(0..hs)).try_into().ok().unwrap();
-    let attention = Attention::<P> {
-        q: Rows::new(&q, hs, hs),
-        rows: len,
-        position: 0,
-        blocks: &blocks,
-        cached: PhantomData,
-        scale: 0.3,
-        out: columns,
-        scratch: &mut Scratch::default(),
-    };
-    run(isa, attention);
-    out
+    move |isa| {
+        let mut blocks = vec![lines(block_bytes::<P>(hs)); len.div_ceil(16)];
+        let mut written: Vec<&mut [u8]> =
+            blocks.iter_mut().map(|block| bytemuck::cast_slice_mut(block)).collect();
+        let (keys, values) = (Rows::new(&keys, hs, hs), Rows::new(&all, hs, hs));
+        let (cached, blocks_out) = (PhantomData, &mut written[..]);
+        isa.run(Append::<P> { keys, values, rows: len, first: 0, blocks: blocks_out, cached });
+        let blocks: Vec<&[u8]> = blocks.iter().map(|block| bytemuck::cast_slice(block)).collect();
+        let mut out = vec![0.0; len * hs];
+        let [columns] = Columns::split(&mut out, hs, len, once(0..hs)).try_into().ok().unwrap();
+        let attention = Attention::<P> {
+            q: Rows::new(&q, hs, hs),
+            rows: len,
+            position: 0,
+            blocks: &blocks,
+            cached: PhantomData,
+            scale: 0.3,
+            out: columns,
+            scratch: &mut Scratch::default(),
+        };
+        run(isa, attention);
+        out
+    }
 }
 
 #[test]
 fn attention() {
-    check(|isa| attended::<F32>(isa, |isa, attention| isa.run(attention)));
-    check(|isa| attended::<Bf16>(isa, |isa, attention| isa.run(attention)));
-    check_modes(|isa| attended::<Int8>(isa, |isa, attention| isa.run(attention)));
-    check_modes(|isa| attended::<Bf16Dots>(isa, |isa, attention| isa.run_flushing(attention)));
+    check(attended::<F32>(|isa, attention| isa.run(attention)));
+    check(attended::<Bf16>(|isa, attention| isa.run(attention)));
+    check_modes(attended::<Int8>(|isa, attention| isa.run(attention)));
+    check_modes(attended::<Bf16Dots>(|isa, attention| isa.run_flushing(attention)));
 }

@@ -4,12 +4,13 @@ use super::simd::flushing_fma;
 use super::*;
 use gpt2rs::config::Activation;
 use gpt2rs::ops::Rows;
-use gpt2rs::ops::gelu::activate_all;
+use gpt2rs::ops::gelu::{activate, activate_all};
 use gpt2rs::ops::matmul::{MatMul, Product, Quantised, Then};
 use gpt2rs::ops::pairs::{Bf16, Bf16Dots, F32};
 use gpt2rs::ops::panels::{Int4Groups, Int8Groups};
 use gpt2rs::ops::round::{QuantiseRows, RoundRows};
 use gpt2rs::pool::Columns;
+use gpt2rs::simd::{Kernel, LANES, Simd, load_partial, store_partial};
 use half::bf16;
 use proptest::prelude::*;
 use std::marker::PhantomData;
@@ -38,6 +39,10 @@ pub trait Tested: Product {
     fn values(inputs: &Inputs) -> Vec<f64>;
     fn run(isa: Isa, product: MatMul<'_, Self>) {
         isa.run(product);
+    }
+    /// Sums as its epilogue activates them.
+    fn activate(activation: Activation, sums: &mut [f32]) {
+        activate_all(Isa::available()[0], activation, sums);
     }
     /// A link of the chain that defines the result, where it is one over K.
     fn link(sum: f32, x: f32, w: f32) -> Option<f32> {
@@ -98,8 +103,25 @@ impl Tested for Bf16Dots {
     fn run(isa: Isa, product: MatMul<'_, Bf16Dots>) {
         isa.run_flushing(product);
     }
+    fn activate(activation: Activation, sums: &mut [f32]) {
+        Isa::available()[0].run_flushing(Activate(activation, sums));
+    }
     fn link(sum: f32, x: f32, w: f32) -> Option<f32> {
         Some(flushing_fma(bf16::from_f32(x), bf16::from_f32(w), sum))
+    }
+}
+
+/// An activation function in whatever mode it is run.
+struct Activate<'a>(Activation, &'a mut [f32]);
+
+impl Kernel for Activate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for lanes in self.1.chunks_mut(LANES) {
+            store_partial(simd, activate(simd, self.0, load_partial(simd, lanes)), lanes);
+        }
     }
 }
 
@@ -192,7 +214,8 @@ impl<F: Tested> Case<F> {
         let mut out = spread(&empty, self.n, stride);
         let mut residual = spread(&self.residual, self.n, stride);
         let w = self.w();
-        let ranges = || borders.windows(2).map(|border| (NR * border[0]).min(self.n)..(NR * border[1]).min(self.n));
+        let ranges =
+            || borders.windows(2).map(|border| (NR * border[0]).min(self.n)..(NR * border[1]).min(self.n));
         let outs = Columns::split(&mut out, stride, self.rows, ranges());
         let residuals = Columns::split(&mut residual, stride, self.rows, ranges());
         for (out, residual) in outs.into_iter().zip(residuals) {
@@ -267,7 +290,7 @@ impl<F: Tested> Case<F> {
         for activation in [Activation::GeluNew, Activation::Gelu, Activation::Relu, Activation::Silu] {
             let activated = on_every_isa(|isa| self.compute(isa, Epilogue::Activate(activation), borders));
             let mut expected = stored.clone();
-            activate_all(Isa::available()[0], activation, &mut expected);
+            F::activate(activation, &mut expected);
             assert_eq!(bits(&activated), bits(&expected), "{activation:?}");
         }
 
@@ -327,7 +350,8 @@ fn shapes_at_the_tiles_borders() {
             for k in [1, F::GROUP - 1, F::GROUP, F::GROUP + 1, 255, 256, 257, 513] {
                 for n in [1, 16, 17, NR, NR + 1] {
                     let case = Case::<F>::new((rows, k.max(1), n), true, (rows * k * n) as u64);
-                    let results = on_every_isa(|isa| case.compute(isa, Epilogue::Store, &[0, n.div_ceil(NR)]));
+                    let results =
+                        on_every_isa(|isa| case.compute(isa, Epilogue::Store, &[0, n.div_ceil(NR)]));
                     case.check_chains(&results);
                     case.check_against_float64(&results);
                 }

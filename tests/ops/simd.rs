@@ -91,7 +91,8 @@ fn dot_i16_pairs_is_exact() {
     let cases = extremes.iter().flat_map(|&a| extremes.iter().map(move |&b| [a, b]));
     let drawn: Vec<[i16; 2]> = (0..2000).map(|_| std::array::from_fn(|_| random.bits() as i16)).collect();
     for x in cases.chain(drawn) {
-        let mut pairs: [[i8; 2]; LANES] = std::array::from_fn(|_| std::array::from_fn(|_| random.bits() as i8));
+        let mut pairs: [[i8; 2]; LANES] =
+            std::array::from_fn(|_| std::array::from_fn(|_| random.bits() as i8));
         pairs[..4].copy_from_slice(&[[127, 127], [-128, -128], [-127, 127], [-128, 127]]);
         let sum: [i32; LANES] = std::array::from_fn(|_| random.bits() as i32 / 2);
         let mut expected = sum;
@@ -122,7 +123,9 @@ fn look_up_takes_lower_and_upper_halves() {
     let mut random = Random(3);
     let table: [u8; 16] = std::array::from_fn(|i| 255 - 13 * i as u8);
     for first in (0..256).step_by(BYTES) {
-        for bytes in [std::array::from_fn(|i| (first + i) as u8), std::array::from_fn(|_| random.bits() as u8)] {
+        for bytes in
+            [std::array::from_fn(|i| (first + i) as u8), std::array::from_fn(|_| random.bits() as u8)]
+        {
             let bytes: [u8; BYTES] = bytes;
             let expected = std::array::from_fn(|i| {
                 std::array::from_fn(|lane| {
@@ -153,8 +156,11 @@ fn integers_become_the_nearest_float32() {
             Some(&extreme) if round == 0 => extreme,
             _ => random.bits() as i32 >> (random.bits() % 32),
         });
-        let expected =
-            [value.map(|value| (value as f32).to_bits()), value.map(|value| value as u32), [value[3] as u32; LANES]];
+        let expected = [
+            value.map(|value| (value as f32).to_bits()),
+            value.map(|value| value as u32),
+            [value[3] as u32; LANES],
+        ];
         check(Integers { value: &value }, &expected);
     }
 }
@@ -234,13 +240,13 @@ fn pairs_widen_exactly() {
 }
 
 kernel!(DotPairs { sums: &'a [[f32; LANES]], pairs: &'a [[[bf16; 2]; LANES]], x: &'a [[bf16; 2]] } -> Vec<[u32; LANES]>,
-    |simd, this| {
-        let mut out = Vec::with_capacity(this.sums.len());
-        for ((sum, pairs), &x) in this.sums.iter().zip(this.pairs).zip(this.x) {
-            out.push(stored(simd, simd.dot_pairs(simd.load(sum), simd.load_pairs(pairs), x)));
-        }
-        out
-    });
+|simd, this| {
+    let mut out = Vec::with_capacity(this.sums.len());
+    for ((sum, pairs), &x) in this.sums.iter().zip(this.pairs).zip(this.x) {
+        out.push(stored(simd, simd.dot_pairs(simd.load(sum), simd.load_pairs(pairs), x)));
+    }
+    out
+});
 
 /// Zero of the same sign for a subnormal.
 fn flushed(value: f32) -> f32 {
@@ -304,7 +310,18 @@ impl Cases {
 }
 
 fn special(random: &mut Random) -> f32 {
-    let bits = [0, 1, 0x007f_ffff, 0x0080_0000, 0x0080_0001, 0x7f7f_ffff, 0x7f80_0000, 0x7fc0_0000, 0x7f80_0001, 0x3f80_0000];
+    let bits = [
+        0,
+        1,
+        0x007f_ffff,
+        0x0080_0000,
+        0x0080_0001,
+        0x7f7f_ffff,
+        0x7f80_0000,
+        0x7fc0_0000,
+        0x7f80_0001,
+        0x3f80_0000,
+    ];
     let sign = (random.bits() as u32 & 1) << 31;
     f32::from_bits(bits[random.bits() as usize % bits.len()] | sign)
 }
