@@ -16,7 +16,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("checkpoint", &[]),
     ("ops", &["simd", "pool", "config"]),
-    ("kv_cache", &["simd", "config", "ops"]),
+    ("kv_cache", &["mapped", "config", "ops"]),
     ("weights", &["simd", "pool", "mapped", "philox", "config", "checkpoint", "ops"]),
     ("save", &["config", "checkpoint", "weights"]),
     ("parallel", &["simd", "pool", "config", "ops", "kv_cache", "weights"]),
