@@ -5,25 +5,26 @@
 //! A shared machine changes from one second to the next, so everything is measured in rounds, with probes of the
 //! machine between: a share of a limit is a rate over the mean of the probes just before and just after it.
 
-use gpt2rs::config::Config;
+use gpt2rs::config::{Config, Precision};
 use gpt2rs::error::Result;
 use gpt2rs::kv_cache::KvCache;
 use gpt2rs::model::{MAX_ROWS, Model, Options, Run, Wanted};
+use gpt2rs::ops::attention::{BLOCK, block_bytes};
+use gpt2rs::ops::pairs::{Bf16, F32, Int8};
 use gpt2rs::pool::default_threads;
-use gpt2rs::probe::{Bandwidth, fma_peak};
+use gpt2rs::probe::{Bandwidth, dot_bf16_peak, dot_int8_peak, fma_peak};
 use gpt2rs::simd::Isa;
 use gpt2rs::weights::{Dtype, Origin};
 use std::process::ExitCode;
 use std::time::Instant;
 
-const USAGE: &str =
-    "usage: cargo bench --bench model -- [--quick] [--threads N,...] [--dtype float32|bfloat16,...]";
+const USAGE: &str = "usage: cargo bench --bench model -- [--quick] [--threads N,...] [--dtype float32|bfloat16|bfloat16/fast|int8|int4,...]";
 
 const COUNTING: &str = "\
 bytes of a decode step: the packed weights but position embeddings, once, and keys and values of the positions
-  attended to, for each sequence
+  attended to, for each sequence; scales of groups and of positions included
 flops of a prefill: 2 for each multiply-add of the blocks' matrices, of causal attention (q k and p v over the
-  positions up to each), and of the LM head for one row
+  positions up to each), and of the LM head for one row; against the peak of what the matrices' products use
 of the limit: rate over the mean of the probes (the best of three each) just before and just after it
 of one: tokens/s over those of one sequence after 32 in the same round";
 
@@ -41,24 +42,82 @@ enum Work {
 enum Limit {
     /// Bytes a second.
     Reading,
-    /// Floating-point operations a second.
-    Arithmetic,
+    /// Operations a second: of fused multiply-adds, or of dot products of bfloat16 or of bytes.
+    Fma,
+    DotBf16,
+    DotInt8,
 }
 
 impl Limit {
+    const ALL: [Limit; 4] = [Limit::Reading, Limit::Fma, Limit::DotBf16, Limit::DotInt8];
+
     fn name(self) -> &'static str {
         match self {
             Limit::Reading => "read bandwidth",
-            Limit::Arithmetic => "fused multiply-adds",
+            Limit::Fma => "fused multiply-adds",
+            Limit::DotBf16 => "dot products of bfloat16",
+            Limit::DotInt8 => "dot products of int8",
         }
     }
 
     fn unit(self) -> &'static str {
         match self {
             Limit::Reading => "GB/s",
-            Limit::Arithmetic => "GFLOP/s",
+            Limit::Fma | Limit::DotBf16 => "GFLOP/s",
+            Limit::DotInt8 => "GOP/s",
         }
     }
+
+    /// What the products of a model's prefill are bound by.
+    fn of_products(kind: Kind) -> Limit {
+        match kind {
+            Kind { dtype: Dtype::Int8 | Dtype::Int4, .. } => Limit::DotInt8,
+            Kind { precision: Precision::Fast, .. } => Limit::DotBf16,
+            _ => Limit::Fma,
+        }
+    }
+}
+
+/// How a model is held and run.
+#[derive(Clone, Copy)]
+struct Kind {
+    dtype: Dtype,
+    precision: Precision,
+}
+
+impl Kind {
+    const NAMES: [&str; 5] = ["float32", "bfloat16", "bfloat16/fast", "int8", "int4"];
+
+    /// `int8`, `bfloat16/fast` and the like.
+    fn from_name(name: &str) -> Result<Kind> {
+        let (dtype, precision) = name.split_once('/').unwrap_or((name, Precision::Exact.name()));
+        let dtype = Dtype::from_name(dtype)?;
+        Ok(Kind { dtype, precision: Precision::from_name(precision, dtype)? })
+    }
+
+    fn of(model: &Model) -> Kind {
+        Kind { dtype: model.dtype(), precision: model.precision() }
+    }
+
+    fn name(self) -> String {
+        match self.precision {
+            Precision::Exact => self.dtype.name().to_owned(),
+            Precision::Fast => format!("{}/{}", self.dtype.name(), self.precision.name()),
+        }
+    }
+}
+
+/// Bytes of a position's keys and values.
+fn position_bytes(model: &Model) -> usize {
+    let config = model.config();
+    let hs = config.head_size();
+    let block = match model.kv_dtype() {
+        Dtype::F32 => block_bytes::<F32>(hs),
+        Dtype::BF16 => block_bytes::<Bf16>(hs),
+        Dtype::Int8 => block_bytes::<Int8>(hs),
+        Dtype::Int4 => unreachable!("no cache is held in int4"),
+    };
+    config.n_layer * config.n_head * block / BLOCK
 }
 
 impl Work {
@@ -84,10 +143,10 @@ impl Work {
         }
     }
 
-    fn limit(self) -> Limit {
+    fn limit(self, kind: Kind) -> Limit {
         match self {
             Work::Decode { .. } => Limit::Reading,
-            Work::Prefill { .. } => Limit::Arithmetic,
+            Work::Prefill { .. } => Limit::of_products(kind),
         }
     }
 
@@ -105,10 +164,9 @@ impl Work {
         match self {
             Work::Decode { sequences, context, steps } => {
                 let weights = model.weights().bytes() - size_of_val(model.weights().wpe.as_slice());
-                let position = 2 * n_layer * n_embd * model.kv_dtype().size();
                 // Step i of 1..=steps attends to context + i positions.
                 let positions = steps * context + steps * (steps + 1) / 2;
-                (steps * weights + sequences * positions * position) as f64
+                (steps * weights + sequences * positions * position_bytes(model)) as f64
             }
             Work::Prefill { tokens } => {
                 let matrices: usize = model.config().block_matrices().iter().map(|(k, n)| k * n).sum();
@@ -124,7 +182,7 @@ struct Machine {
     isa: Isa,
     n_threads: usize,
     bandwidth: Bandwidth,
-    rates: [Vec<f64>; 2],
+    rates: [Vec<f64>; 4],
 }
 
 impl Machine {
@@ -135,7 +193,9 @@ impl Machine {
     fn probe(&mut self, limit: Limit) -> Result<f64> {
         let rate = match limit {
             Limit::Reading => (0..3).map(|_| self.bandwidth.measure()).fold(0.0, f64::max),
-            Limit::Arithmetic => fma_peak(self.isa, self.n_threads)?,
+            Limit::Fma => fma_peak(self.isa, self.n_threads)?,
+            Limit::DotBf16 => dot_bf16_peak(self.isa, self.n_threads)?,
+            Limit::DotInt8 => dot_int8_peak(self.isa, self.n_threads)?,
         };
         self.rates[limit as usize].push(rate);
         Ok(rate)
@@ -216,9 +276,10 @@ fn prefill(model: &Model, cache: &mut KvCache, tokens: &[u32]) -> Result<()> {
 
 /// Measures each figure once, with probes between.
 fn round(model: &Model, figures: &mut [Figure], machine: &mut Machine) -> Result<()> {
-    for limit in [Limit::Reading, Limit::Arithmetic] {
+    let kind = Kind::of(model);
+    for limit in [Limit::Reading, Limit::of_products(kind)] {
         let mut before = machine.probe(limit)?;
-        for figure in figures.iter_mut().filter(|figure| figure.work.limit() == limit) {
+        for figure in figures.iter_mut().filter(|figure| figure.work.limit(kind) == limit) {
             let seconds = figure.time(model)?;
             let after = machine.probe(limit)?;
             let rate = figure.work.amount(model) / seconds;
@@ -242,30 +303,31 @@ fn spread(values: impl Iterator<Item = f64>, digits: usize) -> String {
 }
 
 fn print_row([dtype, threads, work, tokens, rate, share, of_one]: [&str; 7]) {
-    let row = format!("{dtype:<9} {threads:>7}  {work:<25} {tokens:<25} {rate:<31} {share:<14} {of_one}");
+    let row = format!("{dtype:<13} {threads:>7}  {work:<25} {tokens:<25} {rate:<31} {share:<14} {of_one}");
     println!("{}", row.trim_end());
 }
 
 fn print_figures(model: &Model, figures: &[Figure]) {
-    let threads = model.n_threads().to_string();
+    let (threads, kind) = (model.n_threads().to_string(), Kind::of(model));
     for figure in figures {
         let Figure { work, tokens_per_second, rates, shares, .. } = figure;
         let rates = spread(rates.iter().map(|rate| rate / 1e9), 1);
+        let limit = work.limit(kind);
         let of_one = tokens_per_second.iter().zip(&figures[0].tokens_per_second).map(|(all, one)| all / one);
         print_row([
-            model.dtype().name(),
+            &kind.name(),
             &threads,
             &work.name(),
             &spread(tokens_per_second.iter().copied(), 1),
-            &format!("{rates} {}", work.limit().unit()),
+            &format!("{rates} {}", limit.unit()),
             &spread(shares.iter().map(|share| 100.0 * share), 0),
-            &if work.limit() == Limit::Reading { spread(of_one, 2) } else { String::new() },
+            &if limit == Limit::Reading { spread(of_one, 2) } else { String::new() },
         ]);
     }
 }
 
 fn print_limits(machine: &Machine) {
-    for limit in [Limit::Reading, Limit::Arithmetic] {
+    for limit in Limit::ALL.into_iter().filter(|&limit| !machine.rates[limit as usize].is_empty()) {
         let rates = spread(machine.rates[limit as usize].iter().map(|rate| rate / 1e9), 1);
         let rate = format!("{rates} {}", limit.unit());
         print_row(["limit", &machine.n_threads.to_string(), limit.name(), "", &rate, "", ""]);
@@ -275,14 +337,15 @@ fn print_limits(machine: &Machine) {
 struct Arguments {
     quick: bool,
     threads: Vec<usize>,
-    dtypes: Vec<Dtype>,
+    kinds: Vec<Kind>,
 }
 
 impl Arguments {
     fn parse(mut words: impl Iterator<Item = String>) -> std::result::Result<Arguments, String> {
         let mut threads = vec![1, default_threads(usize::MAX)];
         threads.dedup();
-        let mut arguments = Arguments { quick: false, threads, dtypes: vec![Dtype::F32, Dtype::BF16] };
+        let kinds = Kind::NAMES.map(|name| Kind::from_name(name).expect("these are known")).to_vec();
+        let mut arguments = Arguments { quick: false, threads, kinds };
         while let Some(word) = words.next() {
             match word.as_str() {
                 "--quick" => arguments.quick = true,
@@ -298,8 +361,8 @@ impl Arguments {
                 }
                 "--dtype" => {
                     let names = words.next().ok_or("--dtype: a name is missing")?;
-                    let dtypes: Result<_> = names.split(',').map(Dtype::from_name).collect();
-                    arguments.dtypes = dtypes.map_err(|error| format!("--dtype: {error}"))?;
+                    let kinds: Result<_> = names.split(',').map(Kind::from_name).collect();
+                    arguments.kinds = kinds.map_err(|error| format!("--dtype: {error}"))?;
                 }
                 // What cargo adds.
                 "--bench" => {}
@@ -318,8 +381,9 @@ fn measure(arguments: &Arguments) -> Result<()> {
     for &n_threads in &arguments.threads {
         let mut machine = Machine::new(isa, n_threads)?;
         let mut benches = Vec::new();
-        for &dtype in &arguments.dtypes {
-            let options = Options { dtype, n_threads: Some(n_threads), isa: Some(isa), kv_dtype: None };
+        for &Kind { dtype, precision } in &arguments.kinds {
+            let n_threads = Some(n_threads);
+            let options = Options { dtype, precision, n_threads, isa: Some(isa), kv_dtype: None };
             let model = Model::new(Config::preset("gpt2")?, Origin::Random { seed: 1 }, options)?;
             let figures: Result<Vec<Figure>> =
                 Work::all(arguments.quick).into_iter().map(|work| Figure::new(work, &model)).collect();

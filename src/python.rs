@@ -596,6 +596,18 @@ fn probe_fma(py: Python<'_>, n_threads: usize) -> PyResult<f64> {
     py.detach(|| Ok(probe::fma_peak(Isa::from_env()?, n_threads)? / 1e9))
 }
 
+/// GFLOP/s.
+#[pyfunction]
+fn probe_dot_bf16(py: Python<'_>, n_threads: usize) -> PyResult<f64> {
+    py.detach(|| Ok(probe::dot_bf16_peak(Isa::from_env()?, n_threads)? / 1e9))
+}
+
+/// Integer operations, in billions a second.
+#[pyfunction]
+fn probe_dot_int8(py: Python<'_>, n_threads: usize) -> PyResult<f64> {
+    py.detach(|| Ok(probe::dot_int8_peak(Isa::from_env()?, n_threads)? / 1e9))
+}
+
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
@@ -610,5 +622,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(decode, module)?)?;
     module.add_function(wrap_pyfunction!(decode_several, module)?)?;
     module.add_function(wrap_pyfunction!(probe_bandwidth, module)?)?;
-    module.add_function(wrap_pyfunction!(probe_fma, module)?)
+    module.add_function(wrap_pyfunction!(probe_fma, module)?)?;
+    module.add_function(wrap_pyfunction!(probe_dot_bf16, module)?)?;
+    module.add_function(wrap_pyfunction!(probe_dot_int8, module)?)
 }

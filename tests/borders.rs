@@ -16,7 +16,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("checkpoint", &[]),
     ("ops", &["simd", "pool", "config"]),
-    ("kv_cache", &["simd", "config", "ops"]),
+    ("kv_cache", &["mapped", "config", "ops"]),
     ("packed", &["mapped", "config", "checkpoint", "ops"]),
     ("weights", &["simd", "pool", "mapped", "philox", "config", "checkpoint", "ops", "packed"]),
     ("save", &["config", "checkpoint", "packed", "weights"]),

@@ -136,29 +136,12 @@ fn attention_scales_follow_the_config() {
 }
 
 #[test]
-fn packed_bytes_are_those_of_the_padded_layout() {
-    let config = parsed(
-        r#"{"model_type": "gpt2", "n_embd": 12, "n_head": 3, "n_inner": 50, "n_layer": 2, "n_positions": 8,
-            "vocab_size": 33}"#,
-    );
-    // wte (12, 64); per block c_attn (12, 64), c_proj (12, 32), c_fc (12, 64), c_proj (50, 32).
-    let weights = 12 * 64 + 2 * (12 * 64 + 12 * 32 + 12 * 64 + 50 * 32);
-    // wpe; per block two norms and biases of 36, 12, 50, 12; ln_f.
-    let floats = 8 * 12 + 2 * (4 * 12 + 36 + 12 + 50 + 12) + 2 * 12;
-    assert_eq!(config.packed_bytes(4), 4 * (weights + floats));
-    assert_eq!(config.packed_bytes(2), 2 * weights + 4 * floats);
-    let untied = Config { tie_word_embeddings: false, ..config };
-    assert_eq!(untied.packed_bytes(2), 2 * (weights + 12 * 64) + 4 * floats);
-}
-
-#[test]
 fn the_largest_config_overflows_nothing() {
     let config = parsed(&format!(
         r#"{{"vocab_size": {MAX_VOCAB}, "n_positions": {MAX_CTX}, "n_embd": {MAX_EMBD}, "n_head": 1,
             "n_inner": {MAX_INNER}, "n_layer": {MAX_LAYER}, "tie_word_embeddings": false}}"#
     ));
     assert!(config.num_parameters(true) < 1 << 53);
-    assert!(config.packed_bytes(8) < 1 << 56);
 }
 
 #[test]

@@ -6,38 +6,54 @@ use gpt2rs::error::Error;
 use gpt2rs::model::MAX_ROWS;
 use gpt2rs::session::{self, DecodeScratch, Sequence};
 
-/// float32 weights with a bfloat16 cache, and the other way round: types of their own, with one answer each.
+/// Every type of weights with every type of cache: one answer each, and none that is another's.
 #[test]
 fn mixed_types_have_one_answer_each() {
     let tokens = text(0, 120, 301);
     let mut answers = Vec::new();
-    for (dtype, kv_dtype) in [
-        (Dtype::F32, Dtype::F32),
-        (Dtype::F32, Dtype::BF16),
-        (Dtype::BF16, Dtype::F32),
-        (Dtype::BF16, Dtype::BF16),
-    ] {
-        let reference = reference(ODD, dtype, kv_dtype);
-        assert_eq!((reference.dtype(), reference.kv_dtype()), (dtype, kv_dtype));
-        let expected = pass(&reference, &mut reference.new_cache(), &tokens);
-        for isa in Isa::available() {
-            let model = model(ODD, dtype, kv_dtype, isa, 3);
-            let mut cache = model.new_cache();
-            let logits: Vec<f32> =
-                tokens.chunks(31).flat_map(|tokens| pass(&model, &mut cache, tokens)).collect();
-            assert_bits(&logits, &expected, &format!("{dtype:?}, {kv_dtype:?}, {}", isa.name()));
+    for types in USUAL {
+        for kv_dtype in [Dtype::F32, Dtype::BF16, Dtype::Int8] {
+            let types = types.cached_in(kv_dtype);
+            let reference = reference(ODD, types);
+            let found = Types {
+                dtype: reference.dtype(),
+                kv_dtype: reference.kv_dtype(),
+                precision: reference.precision(),
+            };
+            assert_eq!(found, types);
+            let expected = pass(&reference, &mut reference.new_cache(), &tokens);
+            assert!(expected.iter().all(|logit| logit.is_finite()));
+            for isa in Isa::available() {
+                let model = model(ODD, types, isa, 3);
+                let mut cache = model.new_cache();
+                let logits: Vec<f32> =
+                    tokens.chunks(31).flat_map(|tokens| pass(&model, &mut cache, tokens)).collect();
+                assert_bits(&logits, &expected, &format!("{types:?}, {}", isa.name()));
+            }
+            answers.push(expected);
         }
-        answers.push(expected);
     }
     for (i, answer) in answers.iter().enumerate() {
         assert!(answers[..i].iter().all(|other| other != answer), "two types that round alike");
     }
 }
 
+/// What a model gets that does not ask for a type of cache.
+#[test]
+fn a_cache_is_held_as_the_weights_unless_asked_otherwise() {
+    for types in USUAL {
+        let options = Options { kv_dtype: None, ..types.options(fastest(), 1) };
+        let checkpoint = checkpoint(WIDE);
+        let config = Config::from_json(WIDE).unwrap();
+        let model = Model::new(config, Origin::Checkpoint(&checkpoint), options).unwrap();
+        assert_eq!(model.kv_dtype(), types.kv_dtype);
+    }
+}
+
 /// Passes of at most 512 rows: one text that is longer, and a batch that is larger.
 #[test]
 fn more_rows_than_a_pass_takes() {
-    let reference = reference(LONG, Dtype::F32, Dtype::F32);
+    let reference = reference(LONG, FLOAT32);
     let n_vocab = reference.config().n_vocab;
     let long = text(0, 650, n_vocab);
     assert!(long.len() > MAX_ROWS);
@@ -47,7 +63,7 @@ fn more_rows_than_a_pass_takes() {
     let last = &expected[(long.len() - 1) * n_vocab..];
     let mut states = Vec::new();
     for isa in Isa::available() {
-        let model = model(LONG, Dtype::F32, Dtype::F32, isa, 2);
+        let model = model(LONG, FLOAT32, isa, 2);
         assert_bits(&session::logits(&model, &long, GO_ON).unwrap(), &expected, isa.name());
         states.push(session::hidden_states(&model, &long, GO_ON).unwrap());
         assert_bits(&states[0], states.last().unwrap(), isa.name());
@@ -77,7 +93,7 @@ fn more_rows_than_a_pass_takes() {
 /// Scores are log-probabilities of the same logits, also past the rows that are held at a time.
 #[test]
 fn scores_are_the_logits_log_softmax() {
-    let expected = reference(ODD, Dtype::F32, Dtype::F32);
+    let expected = reference(ODD, FLOAT32);
     let tokens = text(3, 150, 301);
     let logits = session::logits(&expected, &tokens, GO_ON).unwrap();
     let first = session::score(&expected, &tokens, GO_ON).unwrap();
@@ -92,7 +108,7 @@ fn scores_are_the_logits_log_softmax() {
     }
     for isa in Isa::available() {
         for mode in [Mode::Default, Mode::Hostile] {
-            let model = model(ODD, Dtype::F32, Dtype::F32, isa, 2);
+            let model = model(ODD, FLOAT32, isa, 2);
             let scores = in_mode(mode, || session::score(&model, &tokens, GO_ON).unwrap());
             assert_bits(&scores, &first, isa.name());
         }
@@ -102,7 +118,7 @@ fn scores_are_the_logits_log_softmax() {
 /// A computation that is stopped before any of its layers leaves the caches as they were.
 #[test]
 fn a_cancelled_pass_leaves_nothing_behind() {
-    let model = model(ODD, Dtype::F32, Dtype::F32, fastest(), 2);
+    let model = model(ODD, FLOAT32, fastest(), 2);
     let tokens = text(0, 100, 301);
     let expected = pass(&model, &mut model.new_cache(), &tokens);
     for layers in 0..model.config().n_layer {
@@ -134,7 +150,7 @@ fn a_cancelled_pass_leaves_nothing_behind() {
 #[test]
 fn concurrent_callers_get_their_serial_answers() {
     for n_threads in [1, 2] {
-        let model = model(ODD, Dtype::F32, Dtype::F32, fastest(), n_threads);
+        let model = model(ODD, FLOAT32, fastest(), n_threads);
         let texts: Vec<Vec<u32>> = (0..4).map(|i| text(i, 60 + 20 * i, 301)).collect();
         let serial: Vec<Vec<f32>> =
             texts.iter().map(|text| pass(&model, &mut model.new_cache(), text)).collect();
@@ -157,7 +173,7 @@ fn concurrent_callers_get_their_serial_answers() {
 /// Each is an error that names what was found and what is allowed, and leaves sequence and model usable.
 #[test]
 fn what_does_not_fit_is_refused() {
-    let model = model(WIDE, Dtype::F32, Dtype::F32, fastest(), 2);
+    let model = model(WIDE, FLOAT32, fastest(), 2);
     let (n_vocab, n_ctx) = (96, 256);
     let tokens = text(0, 20, n_vocab);
     let mut sequence = Sequence::new(&model);

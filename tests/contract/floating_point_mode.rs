@@ -54,15 +54,15 @@ pub fn in_mode<R>(_mode: Mode, work: impl FnOnce() -> R) -> R {
 #[test]
 fn a_model_made_in_another_mode_is_the_same() {
     let tokens = text(4, 40, 301);
-    for dtype in [Dtype::F32, Dtype::BF16] {
+    for types in USUAL {
         let logits = [Mode::Default, Mode::Hostile].map(|mode| {
             in_mode(mode, || {
-                let options = Options { dtype, n_threads: Some(2), ..Options::default() };
+                let options = types.options(fastest(), 2);
                 let config = Config::from_json(ODD).unwrap();
                 let model = Model::new(config, Origin::Random { seed: 7 }, options).unwrap();
                 session::logits(&model, &tokens, GO_ON).unwrap()
             })
         });
-        assert_bits(&logits[1], &logits[0], "made and run in a hostile mode");
+        assert_bits(&logits[1], &logits[0], &format!("{types:?} made and run in a hostile mode"));
     }
 }

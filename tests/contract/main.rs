@@ -2,10 +2,10 @@
 //!
 //! One instruction set (portable), one thread and one pass give the reference. Everything else is held against its bits:
 //! threads x instruction set x {alone, in a ragged batch of 7} x {one pass, pieces of 1, 7, 64, 65 tokens} x {fresh,
-//! forked, truncated cache} x {the caller's floating-point mode}.
+//! forked, truncated cache} x {the caller's floating-point mode}, for every type of weights and of caches.
 
 use gpt2rs::checkpoint::Checkpoint;
-use gpt2rs::config::Config;
+use gpt2rs::config::{Config, Precision};
 use gpt2rs::kv_cache::KvCache;
 use gpt2rs::model::{Model, Options, Run, Wanted};
 use gpt2rs::simd::Isa;
@@ -77,26 +77,46 @@ fn checkpoint(json: &str) -> Checkpoint {
     checkpoint
 }
 
-fn model(json: &str, dtype: Dtype, kv_dtype: Dtype, isa: Isa, n_threads: usize) -> Model {
-    packed(&checkpoint(json), json, dtype, kv_dtype, isa, n_threads)
-}
-
-fn packed(
-    checkpoint: &Checkpoint,
-    json: &str,
+/// How a model is held and run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Types {
     dtype: Dtype,
     kv_dtype: Dtype,
-    isa: Isa,
-    n_threads: usize,
-) -> Model {
+    precision: Precision,
+}
+
+const FLOAT32: Types = Types { dtype: Dtype::F32, kv_dtype: Dtype::F32, precision: Precision::Exact };
+const BFLOAT16: Types = Types { dtype: Dtype::BF16, kv_dtype: Dtype::BF16, precision: Precision::Exact };
+const FAST: Types = Types { precision: Precision::Fast, ..BFLOAT16 };
+const INT8: Types = Types { dtype: Dtype::Int8, kv_dtype: Dtype::Int8, precision: Precision::Exact };
+const INT4: Types = Types { dtype: Dtype::Int4, ..INT8 };
+
+/// Each type of weights with the cache that it has unless another is asked for.
+const USUAL: [Types; 5] = [FLOAT32, BFLOAT16, FAST, INT8, INT4];
+
+impl Types {
+    fn cached_in(self, kv_dtype: Dtype) -> Types {
+        Types { kv_dtype, ..self }
+    }
+
+    fn options(self, isa: Isa, n_threads: usize) -> Options {
+        let Types { dtype, kv_dtype, precision } = self;
+        Options { dtype, kv_dtype: Some(kv_dtype), precision, n_threads: Some(n_threads), isa: Some(isa) }
+    }
+}
+
+fn model(json: &str, types: Types, isa: Isa, n_threads: usize) -> Model {
+    packed(&checkpoint(json), json, types, isa, n_threads)
+}
+
+fn packed(checkpoint: &Checkpoint, json: &str, types: Types, isa: Isa, n_threads: usize) -> Model {
     let config = Config::from_json(json).unwrap();
-    let options = Options { dtype, kv_dtype: Some(kv_dtype), n_threads: Some(n_threads), isa: Some(isa) };
-    Model::new(config, Origin::Checkpoint(checkpoint), options).unwrap()
+    Model::new(config, Origin::Checkpoint(checkpoint), types.options(isa, n_threads)).unwrap()
 }
 
 /// The model that gives the reference.
-fn reference(json: &str, dtype: Dtype, kv_dtype: Dtype) -> Model {
-    model(json, dtype, kv_dtype, Isa::named("portable").unwrap(), 1)
+fn reference(json: &str, types: Types) -> Model {
+    model(json, types, Isa::named("portable").unwrap(), 1)
 }
 
 fn fastest() -> Isa {

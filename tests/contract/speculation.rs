@@ -156,9 +156,9 @@ fn check_batch(
 
 #[test]
 fn lookups_change_no_bit() {
-    for (dtype, kv_dtype) in [(Dtype::F32, Dtype::F32), (Dtype::BF16, Dtype::BF16)] {
+    for types in USUAL {
         for (isa, n_threads) in [("portable", 1), (fastest().name(), 3)] {
-            let model = model(WIDE, dtype, kv_dtype, Isa::named(isa).unwrap(), n_threads);
+            let model = model(WIDE, types, Isa::named(isa).unwrap(), n_threads);
             let (proposed, accepted) = check(&model, None, isa);
             assert!(
                 0 < accepted && accepted < proposed,
@@ -172,20 +172,19 @@ fn lookups_change_no_bit() {
 /// wrong as a rule, one of fewer positions falls silent.
 #[test]
 fn draft_models_change_no_bit() {
-    let model = model(ODD, Dtype::F32, Dtype::F32, fastest(), 2);
-    let rounded = self::model(ODD, Dtype::BF16, Dtype::BF16, fastest(), 2);
+    let model = model(ODD, FLOAT32, fastest(), 2);
+    let rounded = self::model(ODD, BFLOAT16, fastest(), 2);
     let (proposed, accepted) = check(&model, Some(&rounded), "rounded");
     assert!(2 * accepted > proposed && accepted < proposed, "{accepted} of {proposed}");
     let shape = r#"{"n_layer": 0, "n_head": 1, "n_embd": 8, "n_positions": 150, "vocab_size": 301}"#;
-    let (proposed, accepted) =
-        check(&model, Some(&self::model(shape, Dtype::F32, Dtype::F32, fastest(), 1)), "small");
+    let (proposed, accepted) = check(&model, Some(&self::model(shape, FLOAT32, fastest(), 1)), "small");
     assert!(accepted < proposed, "{accepted} of {proposed}");
 }
 
 #[test]
 fn a_draft_model_of_another_vocabulary_is_refused() {
-    let model = model(ODD, Dtype::F32, Dtype::F32, fastest(), 1);
-    let other = self::model(WIDE, Dtype::F32, Dtype::F32, fastest(), 1);
+    let model = model(ODD, FLOAT32, fastest(), 1);
+    let other = self::model(WIDE, FLOAT32, fastest(), 1);
     let refused = Speculator::draft(&model, &other, 5).err().expect("an error").to_string();
     assert!(refused.starts_with("assistant_model is a model with a vocabulary of 96"), "{refused}");
 }
@@ -193,7 +192,7 @@ fn a_draft_model_of_another_vocabulary_is_refused() {
 /// The last rows of runs, as many as are asked for, are rows of the whole.
 #[test]
 fn any_number_of_last_rows() {
-    let model = model(ODD, Dtype::F32, Dtype::F32, fastest(), 2);
+    let model = model(ODD, FLOAT32, fastest(), 2);
     let texts = [text(0, 40, 301), text(1, 3, 301), text(2, 17, 301), text(3, 5, 301)];
     let wanted = [7, 3, 0, 1];
     let mut caches: Vec<KvCache> = texts.iter().map(|_| model.new_cache()).collect();
@@ -218,8 +217,8 @@ fn any_number_of_last_rows() {
 /// A draft that has to read more than a pass takes first, and texts beyond what one pass verifies.
 #[test]
 fn more_than_a_pass_takes() {
-    let model = model(LONG, Dtype::F32, Dtype::F32, fastest(), 2);
-    let draft = self::model(LONG, Dtype::BF16, Dtype::BF16, fastest(), 2);
+    let model = model(LONG, FLOAT32, fastest(), 2);
+    let draft = self::model(LONG, BFLOAT16, fastest(), 2);
     let prompt = phrases(0, MAX_ROWS + 60, 40);
     for n_texts in [1, 3, 40, 130] {
         for drafts in [false, true] {

@@ -1,17 +1,21 @@
 //! A caller's floating-point mode changes no bit of an operation, and is back afterwards.
 
+use super::matmul::Tested;
 use super::*;
 use gpt2rs::config::Activation;
 use gpt2rs::ops::Rows;
-use gpt2rs::ops::attention::{Attention, append, block_len};
+use gpt2rs::ops::attention::{Append, Attention, Cached, Scratch, block_bytes};
 use gpt2rs::ops::gelu::activate_all;
 use gpt2rs::ops::layernorm::LayerNorm;
-use gpt2rs::ops::matmul::{MatMul, Panels, Then};
+use gpt2rs::ops::matmul::{MatMul, Then};
+use gpt2rs::ops::pairs::{Bf16, Bf16Dots, F32, Int8};
+use gpt2rs::ops::panels::{Int4Groups, Int8Groups};
 use gpt2rs::ops::softmax::exp;
 use gpt2rs::pool::Columns;
-use half::bf16;
+use gpt2rs::simd::{Kernel, Simd};
 use std::hint::black_box;
 use std::iter::once;
+use std::marker::PhantomData;
 
 /// Control bits of MXCSR: all exceptions masked, to nearest even, subnormals kept.
 const DEFAULT: u32 = 0x1f80;
@@ -34,8 +38,15 @@ fn write(mode: u32) {
     unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const mode, options(nostack)) };
 }
 
-/// What `compute` gives in each mode is what it gives in the default one.
+/// What `compute` gives in each mode is what it gives in the default one; some of it is subnormal.
 fn check(compute: impl Fn(Isa) -> Vec<f32>) {
+    let values = check_modes(compute);
+    assert!(values.iter().any(|value| value.is_subnormal()), "nothing here could be flushed to zero");
+}
+
+/// The same, whatever is computed.
+fn check_modes(compute: impl Fn(Isa) -> Vec<f32>) -> Vec<f32> {
+    let mut all = Vec::new();
     for isa in Isa::available() {
         let expected = compute(isa);
         for mode in MODES {
@@ -46,8 +57,9 @@ fn check(compute: impl Fn(Isa) -> Vec<f32>) {
             assert_eq!(bits(&values), bits(&expected), "{} in mode {mode:#x}", isa.name());
             assert_eq!(after & CONTROL, mode, "{}: the mode after the call", isa.name());
         }
-        assert!(expected.iter().any(|value| value.is_subnormal()), "nothing here could be flushed to zero");
+        all.extend(expected);
     }
+    all
 }
 
 /// Half of them of common size, half so small that sums and products are subnormal.
@@ -72,23 +84,69 @@ fn the_mode_is_really_another() {
     assert!(down < nearest && flushed == 0.0 && third(f32::MIN_POSITIVE) > 0.0);
 }
 
+/// The mode is the kernel's from the first operation to the last, and the caller's afterwards, after a panic, too.
+#[test]
+fn a_kernel_runs_in_the_mode_that_is_asked_for() {
+    struct Halve(f32);
+    impl Kernel for Halve {
+        type Output = (f32, u32);
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> (f32, u32) {
+            let mut lanes = [0.0; 16];
+            simd.store(simd.mul(simd.splat(black_box(self.0)), simd.splat(black_box(0.5))), &mut lanes);
+            (lanes[3], read())
+        }
+    }
+    struct Fail;
+    impl Kernel for Fail {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, _: S) {
+            panic!("a bug");
+        }
+    }
+    let smallest = f32::MIN_POSITIVE;
+    for isa in Isa::available() {
+        for mode in [DEFAULT].into_iter().chain(MODES) {
+            write(mode);
+            let (kept, in_run) = isa.run(Halve(smallest));
+            let after_run = read();
+            let (flushed, in_flushing) = isa.run_flushing(Halve(smallest));
+            let after_flushing = read();
+            let failed = std::panic::catch_unwind(|| isa.run_flushing(Fail));
+            let after_panic = read();
+            write(DEFAULT);
+            assert!(failed.is_err());
+            assert_eq!((kept, flushed.to_bits()), (smallest / 2.0, 0), "{} in mode {mode:#x}", isa.name());
+            assert_eq!([in_run & CONTROL, in_flushing & CONTROL], [DEFAULT, DEFAULT | 0x8040]);
+            assert_eq!([after_run & CONTROL, after_flushing & CONTROL, after_panic & CONTROL], [mode; 3]);
+        }
+    }
+}
+
+/// Rows of the second half are tiny, so that all their products are.
+fn product<F: Tested>() -> impl Fn(Isa) -> Vec<f32> {
+    let (rows, k, n) = (4, 50, 64);
+    let x = values(rows * k, 1);
+    let packed = pack::<F>(&Random(2).values(k * n, 0.1), k, n);
+    move |isa| {
+        let w = Panels::new(bytemuck::cast_slice(&packed), k, n);
+        let inputs = F::prepare(isa, &x, rows, k);
+        let mut all = vec![0.0; rows * n];
+        let [out] = Columns::split(&mut all, n, rows, once(0..n)).try_into().ok().unwrap();
+        F::run(isa, MatMul { x: F::inputs(&inputs), rows, w, bias: &[], then: Then::Store, out });
+        all
+    }
+}
+
 #[test]
 fn matmul() {
-    let (rows, k, n) = (4, 50, 64);
-    // Rows of the second half are tiny, so that all their products are.
-    let x = values(rows * k, 1);
-    let packed = Random(2).values(Panels::<f32>::packed_len(k, n), 0.1);
-    let bf16: Vec<bf16> = packed.iter().map(|&value| bf16::from_f32(value)).collect();
-    check(|isa| {
-        let mut out = vec![0.0; 2 * rows * n];
-        let (first, second) = out.split_at_mut(rows * n);
-        let x = Rows::new(&x, k, k);
-        let [part] = Columns::split(first, n, rows, once(0..n)).try_into().ok().unwrap();
-        isa.run(MatMul { x, rows, w: Panels::new(&packed, k, n), bias: &[], then: Then::Store, out: part });
-        let [part] = Columns::split(second, n, rows, once(0..n)).try_into().ok().unwrap();
-        isa.run(MatMul { x, rows, w: Panels::new(&bf16, k, n), bias: &[], then: Then::Store, out: part });
-        out
-    });
+    check(product::<F32>());
+    check(product::<Bf16>());
+    check_modes(product::<Int8Groups>());
+    check_modes(product::<Int4Groups>());
+    let flushed = check_modes(product::<Bf16Dots>());
+    assert!(flushed.iter().all(|value| !value.is_subnormal()) && flushed.contains(&0.0));
 }
 
 #[test]
@@ -137,36 +195,41 @@ fn exponential() {
     }
 }
 
-#[test]
-fn attention() {
+/// Queries over values of which half are tiny.
+fn attended<P: Cached>(run: impl Fn(Isa, Attention<'_, P>)) -> impl Fn(Isa) -> Vec<f32> {
     let (hs, len) = (40, 70);
     let mut random = Random(9);
-    let q = random.values(len * hs, 1.0);
-    let mut blocks = vec![vec![0.0f32; block_len(hs)]; len.div_ceil(16)];
-    for position in 0..len {
-        append(
-            &mut blocks[position / 16],
-            position % 16,
-            &random.values(hs, 1.0),
-            &values(hs, position as u64),
-        );
-    }
-    let blocks: Vec<&[f32]> = blocks.iter().map(Vec::as_slice).collect();
-    check(|isa| {
+    let (q, keys) = (random.values(len * hs, 1.0), random.values(len * hs, 1.0));
+    let all: Vec<f32> = (0..len).flat_map(|position| values(hs, position as u64)).collect();
+    move |isa| {
+        let mut blocks = vec![lines(block_bytes::<P>(hs)); len.div_ceil(16)];
+        let mut written: Vec<&mut [u8]> =
+            blocks.iter_mut().map(|block| bytemuck::cast_slice_mut(block)).collect();
+        let (keys, values) = (Rows::new(&keys, hs, hs), Rows::new(&all, hs, hs));
+        let (cached, blocks_out) = (PhantomData, &mut written[..]);
+        isa.run(Append::<P> { keys, values, rows: len, first: 0, blocks: blocks_out, cached });
+        let blocks: Vec<&[u8]> = blocks.iter().map(|block| bytemuck::cast_slice(block)).collect();
         let mut out = vec![0.0; len * hs];
         let [columns] = Columns::split(&mut out, hs, len, once(0..hs)).try_into().ok().unwrap();
-        let q = Rows::new(&q, hs, hs);
-        let mut scratch = Vec::new();
-        let out_of = Attention {
-            q,
+        let attention = Attention::<P> {
+            q: Rows::new(&q, hs, hs),
             rows: len,
             position: 0,
             blocks: &blocks,
+            cached: PhantomData,
             scale: 0.3,
             out: columns,
-            scratch: &mut scratch,
+            scratch: &mut Scratch::default(),
         };
-        isa.run(out_of);
+        run(isa, attention);
         out
-    });
+    }
+}
+
+#[test]
+fn attention() {
+    check(attended::<F32>(|isa, attention| isa.run(attention)));
+    check(attended::<Bf16>(|isa, attention| isa.run(attention)));
+    check_modes(attended::<Int8>(|isa, attention| isa.run(attention)));
+    check_modes(attended::<Bf16Dots>(|isa, attention| isa.run_flushing(attention)));
 }

@@ -9,9 +9,8 @@ fn names() -> Vec<&'static str> {
 
 #[test]
 fn portable_is_everywhere_and_the_fastest_comes_last() {
-    let order = ["portable", "avx2", "avx512"];
     let places: Vec<usize> =
-        names().iter().map(|name| order.iter().position(|known| known == name).unwrap()).collect();
+        names().iter().map(|name| Isa::NAMES.iter().position(|known| known == name).unwrap()).collect();
     assert_eq!(places[0], 0);
     assert!(places.is_sorted_by(|a, b| a < b), "{:?}", names());
 }
@@ -26,13 +25,24 @@ fn what_the_processor_has_is_in_the_list() {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl");
-    assert_eq!(names().contains(&"avx2"), avx2);
-    assert_eq!(names().contains(&"avx512"), avx512);
+    let avx512vnni = avx512 && is_x86_feature_detected!("avx512vnni");
+    let expected = [
+        ("portable", true),
+        ("avx2", avx2),
+        ("avxvnni", avx2 && is_x86_feature_detected!("avxvnni")),
+        ("avx512", avx512),
+        ("avx512vnni", avx512vnni),
+        ("avx512bf16", avx512vnni && is_x86_feature_detected!("avx512bf16")),
+    ];
+    assert_eq!(expected.map(|(name, _)| name), Isa::NAMES);
+    for (name, there) in expected {
+        assert_eq!(names().contains(&name), there, "{name}");
+    }
 }
 
 #[test]
 fn a_forced_set_is_that_set_or_an_error() {
-    for name in ["portable", "avx2", "avx512"] {
+    for name in Isa::NAMES {
         match Isa::named(name) {
             Ok(isa) => assert_eq!((isa.name(), names().contains(&name)), (name, true)),
             Err(Error::MissingIsa(missing)) => {

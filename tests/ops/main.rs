@@ -5,6 +5,9 @@
 //! (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, chapter 3). Between instruction sets there is no
 //! tolerance: bits are equal.
 
+use bytemuck::Zeroable;
+use gpt2rs::mapped::Line;
+use gpt2rs::ops::panels::{Format, NR, Panels};
 use gpt2rs::simd::Isa;
 
 mod attention;
@@ -16,6 +19,9 @@ mod instruction_sets;
 mod layernorm;
 mod matmul;
 mod packing;
+mod panels;
+mod round;
+mod simd;
 mod softmax;
 
 /// Unit roundoff of float32.
@@ -73,6 +79,34 @@ impl Random {
     fn values(&mut self, n: usize, scale: f32) -> Vec<f32> {
         (0..n).map(|_| self.value() * scale).collect()
     }
+}
+
+/// Whole cache lines, at whose start packed weights and blocks of a cache begin.
+fn lines(bytes: usize) -> Vec<Line> {
+    vec![Line::zeroed(); bytes.div_ceil(size_of::<Line>())]
+}
+
+/// A (K, N) matrix in panels; columns past the last one hold what may not be used.
+fn pack<F: Format>(w: &[f32], k: usize, n: usize) -> Vec<Line> {
+    let mut packed = lines(Panels::<F>::packed_len(k, n));
+    let panels =
+        bytemuck::cast_slice_mut::<Line, u8>(&mut packed).chunks_exact_mut(Panels::<F>::panel_len(k));
+    for (i, panel) in panels.enumerate() {
+        let mut rows = vec![[0.0; NR]; k.next_multiple_of(F::GROUP)];
+        for (row, values) in rows.iter_mut().zip(w.chunks_exact(n)) {
+            for (lane, value) in row.iter_mut().enumerate() {
+                *value = values.get(i * NR + lane).copied().unwrap_or(FORBIDDEN);
+            }
+        }
+        F::encode(&rows, panel);
+    }
+    packed
+}
+
+/// What a packed matrix stands for: (K, N), row-major.
+fn held<F: Format>(panels: Panels<'_, F>) -> Vec<f32> {
+    let (k, n) = (panels.k(), panels.n());
+    (0..k * n).map(|i| panels.value(i / n, i % n)).collect()
 }
 
 /// `rows` rows of `columns` values, `stride` apart, with what may not be read between them.

@@ -2,8 +2,10 @@
 
 use super::*;
 use gpt2rs::checkpoint::Checkpoint;
-use gpt2rs::config::Config;
-use gpt2rs::weights::{Dtype, Matrix, Origin, Weights};
+use gpt2rs::config::{Config, MAX_CTX, MAX_EMBD, MAX_INNER, MAX_LAYER, MAX_VOCAB};
+use gpt2rs::ops::pairs::F32;
+use gpt2rs::ops::panels::{Int4Groups, Int8Groups};
+use gpt2rs::weights::{Dtype, Matrix, Origin, Weights, packed_bytes};
 use half::bf16;
 use proptest::prelude::*;
 
@@ -31,7 +33,9 @@ fn nearest_bf16(value: f32) -> u16 {
 fn unpacked(matrix: &Matrix, by_column: bool) -> Vec<f32> {
     let bytes = matrix.unpack(by_column);
     match matrix.dtype() {
-        Dtype::F32 => bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect(),
+        Dtype::F32 | Dtype::Int8 | Dtype::Int4 => {
+            bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
+        }
         Dtype::BF16 => bytes
             .as_chunks()
             .0
@@ -41,9 +45,24 @@ fn unpacked(matrix: &Matrix, by_column: bool) -> Vec<f32> {
     }
 }
 
+/// What a matrix (K, N) of these values holds: rounded, or in groups along K.
+fn expected(dtype: Dtype, values: &[f32], k: usize, n: usize) -> Vec<f32> {
+    fn through<F: Format>(values: &[f32], k: usize, n: usize) -> Vec<f32> {
+        held(Panels::<F>::new(bytemuck::cast_slice(&pack::<F>(values, k, n)), k, n))
+    }
+    match dtype {
+        Dtype::F32 => through::<F32>(values, k, n),
+        Dtype::BF16 => values.iter().map(|&value| bf16::from_bits(nearest_bf16(value)).to_f32()).collect(),
+        Dtype::Int8 => through::<Int8Groups>(values, k, n),
+        Dtype::Int4 => through::<Int4Groups>(values, k, n),
+    }
+}
+
 fn transpose(values: &[f32], columns: usize) -> Vec<f32> {
     (0..columns).flat_map(|column| values[column..].iter().step_by(columns)).copied().collect()
 }
+
+const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::BF16, Dtype::Int8, Dtype::Int4];
 
 /// Values that round in every way: ties to either side, up to infinity, subnormals, both zeros.
 const DELICATE: [u32; 10] = [
@@ -110,13 +129,6 @@ impl Shapes {
         }
 
         let weights = Weights::new(&config, Origin::Checkpoint(&checkpoint), dtype, n_threads).unwrap();
-        let held = |values: &[f32]| -> Vec<f32> {
-            let round = |&value: &f32| match dtype {
-                Dtype::F32 => value,
-                Dtype::BF16 => bf16::from_bits(nearest_bf16(value)).to_f32(),
-            };
-            values.iter().map(round).collect()
-        };
         let h = &weights.h[0];
         let matrices = [&h.attn.c_attn, &h.attn.c_proj, &h.mlp.c_fc, &h.mlp.c_proj];
         for ((matrix, values), (name, k, n)) in matrices.into_iter().zip(&stored).zip(self.matrices()) {
@@ -125,12 +137,17 @@ impl Shapes {
                 (k, n, dtype),
                 "{name}"
             );
-            assert_eq!(bits(&unpacked(&matrix.weight, false)), bits(&held(values)), "{name}");
-            assert_eq!(bits(&unpacked(&matrix.weight, true)), bits(&transpose(&held(values), n)), "{name}");
+            let held = expected(dtype, values, k, n);
+            assert_eq!(bits(&unpacked(&matrix.weight, false)), bits(&held), "{name}");
+            assert_eq!(bits(&unpacked(&matrix.weight, true)), bits(&transpose(&held, n)), "{name}");
             assert_eq!(matrix.bias, vec![0.0; n], "a bias that the checkpoint lacks");
         }
-        assert_eq!((weights.wte.k(), weights.wte.n()), (c, self.n_vocab));
-        assert_eq!(bits(&unpacked(&weights.wte, true)), bits(&held(&wte)));
+        // The embedding of an int4 model is int8.
+        let embedding = if dtype == Dtype::Int4 { Dtype::Int8 } else { dtype };
+        assert_eq!((weights.wte.k(), weights.wte.n(), weights.wte.dtype()), (c, self.n_vocab, embedding));
+        let held = expected(embedding, &transpose(&wte, c), c, self.n_vocab);
+        assert_eq!(bits(&unpacked(&weights.wte, false)), bits(&held));
+        assert_eq!(packed_bytes(&config, dtype), weights.bytes() as u64);
         assert!(weights.lm_head.is_none());
     }
 }
@@ -144,11 +161,10 @@ proptest! {
         n_inner in 1usize..=130,
         n_vocab in 1usize..=140,
         transposed: bool,
-        bfloat16: bool,
+        dtype in prop::sample::select(DTYPES.to_vec()),
         n_threads in 1usize..=3,
         seed: u64,
     ) {
-        let dtype = if bfloat16 { Dtype::BF16 } else { Dtype::F32 };
         Shapes { c, n_inner, n_vocab }.check(transposed, dtype, n_threads, seed);
     }
 }
@@ -157,7 +173,9 @@ proptest! {
 #[test]
 fn matrices_of_many_pieces() {
     for transposed in [false, true] {
-        Shapes { c: 150, n_inner: 2100, n_vocab: 2100 }.check(transposed, Dtype::F32, 3, 4);
+        for dtype in DTYPES {
+            Shapes { c: 150, n_inner: 2100, n_vocab: 2100 }.check(transposed, dtype, 3, 4);
+        }
     }
 }
 
@@ -182,4 +200,44 @@ fn appended_parts_are_one_matrix() {
     }
     let weights = Weights::new(&shapes.config(), Origin::Checkpoint(&checkpoint), Dtype::F32, 2).unwrap();
     assert_eq!(bits(&unpacked(&weights.h[0].attn.c_attn.weight, true)), bits(&parts.concat()));
+}
+
+/// Published sizes, and one with every kind of padding, as they are counted and as they are held.
+#[test]
+fn packed_bytes_are_those_held() {
+    let untied = r#"{"n_layer": 2, "n_head": 3, "n_embd": 12, "n_inner": 50, "n_positions": 8, "vocab_size": 33,
+        "model_type": "gpt2", "tie_word_embeddings": false}"#;
+    let config = Config::from_json(untied).unwrap();
+    for dtype in DTYPES {
+        let weights = Weights::new(&config, Origin::Random { seed: 1 }, dtype, 2).unwrap();
+        assert_eq!(packed_bytes(&config, dtype), weights.bytes() as u64, "{dtype:?}");
+    }
+    // wte and lm_head (12, 64); per block c_attn (12, 64), c_proj (12, 32), c_fc (12, 64), c_proj (50, 32).
+    let weights = 2 * 12 * 64 + 2 * (12 * 64 + 12 * 32 + 12 * 64 + 50 * 32);
+    // wpe; per block two norms and biases of 36, 12, 50, 12; ln_f.
+    let floats = 8 * 12 + 2 * (4 * 12 + 36 + 12 + 50 + 12) + 2 * 12;
+    assert_eq!(packed_bytes(&config, Dtype::F32), 4 * (weights + floats));
+    assert_eq!(packed_bytes(&config, Dtype::BF16), 2 * weights + 4 * floats);
+
+    let gpt2 = Config::preset("gpt2").unwrap();
+    let matrices: u64 = gpt2.block_matrices().iter().map(|&(k, n)| (k * n) as u64).sum();
+    for (dtype, bits) in [(Dtype::F32, 32.0), (Dtype::BF16, 16.0), (Dtype::Int8, 8.5), (Dtype::Int4, 4.5)] {
+        let wte_bits = if dtype == Dtype::Int4 { 8.5 } else { bits };
+        let most = (12 * matrices) as f64 * bits / 8.0 + (768 * 50272) as f64 * wte_bits / 8.0;
+        let found = packed_bytes(&gpt2, dtype) - 4 * gpt2.vectors();
+        assert!(found as f64 <= most, "{dtype:?}: {found} above {most}");
+    }
+}
+
+#[test]
+fn packed_bytes_of_the_largest_config_overflow_nothing() {
+    let config = Config::from_json(&format!(
+        r#"{{"vocab_size": {MAX_VOCAB}, "n_positions": {MAX_CTX}, "n_embd": {MAX_EMBD}, "n_head": 1,
+            "n_inner": {MAX_INNER}, "n_layer": {MAX_LAYER}, "tie_word_embeddings": false}}"#
+    ))
+    .unwrap();
+    for dtype in DTYPES {
+        let bytes = packed_bytes(&config, dtype);
+        assert!((1 << 48..1 << 56).contains(&bytes), "{dtype:?}: {bytes}");
+    }
 }

@@ -503,7 +503,7 @@ class TestBench:
                 spread = figure[of]
                 assert 0 < spread["min"] <= spread["median"] <= spread["max"]
         assert {limit["unit"] for limit in report["limits"]} == {"GB/s", "GFLOP/s"}
-        assert report["isa"] in ("portable", "avx2", "avx512")
+        assert report["isa"] in ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
 
     def test_table(self) -> None:
         table = output("bench", "--model", str(CASES["plain"]), "--dtype", "float32", "--quick").splitlines()

@@ -1,7 +1,7 @@
 //! AVX2, FMA and AVX-VNNI.
 
-use super::super::{BYTES, LANES, Simd};
 use super::Avx2;
+use crate::simd::{BYTES, LANES, Simd};
 use half::bf16;
 use std::arch::x86_64::*;
 

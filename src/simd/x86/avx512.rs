@@ -1,7 +1,7 @@
 //! AVX-512, its VNNI and BF16.
 
-use super::super::{BYTES, LANES, Simd};
 use super::Avx512;
+use crate::simd::{BYTES, LANES, Simd};
 use half::bf16;
 use std::arch::x86_64::*;
 
