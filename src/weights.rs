@@ -166,7 +166,7 @@ fn packed_len(dtype: Dtype, k: usize, n: usize) -> usize {
 /// By how many values the columns of matrix `name` are rotated. Those of the projections into the residual stream are,
 /// where they are rounded to integers: no LayerNorm has made their inputs even.
 fn rotated_by(name: &str, k: usize, dtype: Dtype) -> usize {
-    if dtype.is_integer() && name.ends_with("c_proj") { rotation(k) } else { 1 }
+    if dtype.is_integer() && name.ends_with("c_proj.weight") { rotation(k) } else { 1 }
 }
 
 /// Makes a norm's channels of about the same size, by powers of two, and gives what the rows of the matrix behind it must
@@ -420,7 +420,7 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
         let bias = (self.values)(&format!("{name}.bias"), &[n])?.vector(n, 1)?;
         let rounded = self.dtype.is_integer() && !matches!(values, Values::Packed(_));
         let scales = behind.filter(|_| rounded).map(even).unwrap_or_default();
-        Ok((self.plan(name, values, (k, n), by_column, scales)?, bias))
+        Ok((self.plan(&format!("{name}.weight"), values, (k, n), by_column, scales)?, bias))
     }
 
     /// A (V, C) embedding, whose rows are the columns of the head's (C, V) matrix.

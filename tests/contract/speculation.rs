@@ -156,16 +156,16 @@ fn check_batch(
 
 #[test]
 fn lookups_change_no_bit() {
+    let (mut proposed, mut accepted) = (0, 0);
     for types in USUAL {
         for (isa, n_threads) in [("portable", 1), (fastest().name(), 3)] {
             let model = model(WIDE, types, Isa::named(isa).unwrap(), n_threads);
-            let (proposed, accepted) = check(&model, None, isa);
-            assert!(
-                0 < accepted && accepted < proposed,
-                "{accepted} of {proposed}: both must have been seen"
-            );
+            let counts = check(&model, None, isa);
+            proposed += counts.0;
+            accepted += counts.1;
         }
     }
+    assert!(0 < accepted && accepted < proposed, "{accepted} of {proposed}: both must have been seen");
 }
 
 /// The same weights rounded are right as a rule; half as large they are worth asking for. A model of other weights is

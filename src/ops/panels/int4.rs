@@ -113,12 +113,15 @@ fn level(value: f32) -> u8 {
 /// (w . level)^2 / level^2.
 fn best_scale(weights: &[f32; SCALED]) -> f32 {
     let greatest = weights.iter().fold(0.0_f32, |greatest, weight| greatest.max(weight.abs()));
+    // In units of the greatest, whose squares are neither too small nor too large.
+    let unit = reciprocal(greatest);
+    let weights = weights.map(|weight| weight * unit);
     let mut best = (0.0, 0.0);
     for size in TRIES {
         for sign in [1.0, -1.0] {
-            let inverse = reciprocal(sign * size * greatest / 127.0);
+            let inverse = sign * 127.0 / size;
             let (mut products, mut squares) = (0.0, 0.0);
-            for &weight in weights {
+            for weight in weights {
                 let level = f32::from(LEVELS[usize::from(level(weight * inverse))]);
                 products += weight * level;
                 squares += level * level;
@@ -129,5 +132,5 @@ fn best_scale(weights: &[f32; SCALED]) -> f32 {
             }
         }
     }
-    best.1
+    best.1 * greatest
 }
