@@ -26,7 +26,10 @@ COUNTING = (
     "over the positions up to each), and of the LM head for one row"
 )
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+# Of a weight, its share of the scales included; and of a key or value, without.
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 8.5 / 8, "int4": 4.5 / 8}
+_KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+_SCALE_BYTES = 4
 
 
 class Work(NamedTuple):
@@ -114,7 +117,8 @@ def decode_bytes(
     if not config.tie_word_embeddings:
         embeddings += config.n_vocab * config.n_embd
     weights = (config.num_parameters() - embeddings) * _BYTES[dtype]
-    cache = 2 * config.n_layer * config.n_embd * context * _BYTES[kv_dtype]
+    vector = config.head_size * _KV_BYTES[kv_dtype] + (_SCALE_BYTES if kv_dtype == "int8" else 0)
+    cache = 2 * config.n_layer * config.n_head * context * vector
     return weights + n_sequences * cache
 
 

@@ -1,4 +1,4 @@
-//! GPT-2's operations, one file each. All float32 sums follow one order, whatever the instruction set, the number of
+//! GPT-2's operations, one file each. All sums of float32 follow one order, whatever the instruction set, the number of
 //! threads or the shape of the batch: see `docs/design.md`, "One answer".
 
 pub mod attention;

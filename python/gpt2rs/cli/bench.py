@@ -34,6 +34,7 @@ def bench(
     ] = "gpt2",
     dtype: Annotated[list[str] | None, flag("May be repeated. Default: float32 and bfloat16.")] = None,
     kv_dtype: options.KvDtype = None,
+    precision: options.Precision = "exact",
     threads: Annotated[
         Any,
         flag(
@@ -54,11 +55,14 @@ def bench(
 
     def load(dtype: str, n_threads: int | None) -> GPT2:
         if model in _PRESETS:
-            return GPT2.from_config(model, dtype=dtype, kv_dtype=kv_dtype, n_threads=n_threads)
+            return GPT2.from_config(
+                model, dtype=dtype, kv_dtype=kv_dtype, precision=precision, n_threads=n_threads
+            )
         return options.open_model(
             model,
             dtype=dtype,
             kv_dtype=kv_dtype,
+            precision=precision,
             device="cpu",
             n_threads=n_threads,
             config=config,

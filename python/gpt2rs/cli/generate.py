@@ -83,6 +83,7 @@ def generate(
     model: options.Model = options.BUILT_IN,
     dtype: options.Dtype = None,
     kv_dtype: options.KvDtype = None,
+    precision: options.Precision = "exact",
     device: options.Device = "cpu",
     n_threads: options.Threads = None,
     config: options.Config = None,
@@ -139,6 +140,7 @@ def generate(
     how: dict[str, Any] = {
         "dtype": dtype,
         "kv_dtype": kv_dtype,
+        "precision": precision,
         "device": device,
         "n_threads": n_threads,
         "offline": offline,

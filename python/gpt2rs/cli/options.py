@@ -24,9 +24,15 @@ Model = Annotated[
     str, flag(f"Folder, file or hub name. Default: {BUILT_IN}, built in.", "--model", "-m", panel=_MODEL)
 ]
 Dtype = Annotated[
-    str | None, flag("float32 or bfloat16. Default: as stored; float16 as float32.", panel=_MODEL)
+    str | None,
+    flag("float32, bfloat16, int8 or int4. Default: as stored; float16 as float32.", panel=_MODEL),
 ]
-KvDtype = Annotated[str | None, flag("The same for keys and values. Default: as --dtype.", panel=_MODEL)]
+KvDtype = Annotated[
+    str | None, flag("float32, bfloat16 or int8, for keys and values. Default: as --dtype.", panel=_MODEL)
+]
+Precision = Annotated[
+    str, flag("exact, or fast: activations are bfloat16, too. Default: exact.", panel=_MODEL)
+]
 Device = Annotated[str, flag("cpu or auto. Default: cpu.", panel=_MODEL)]
 Threads = Annotated[int | None, flag("Default: what machine and model profit from.", panel=_MODEL)]
 Config = Annotated[str | None, flag("For a file without one: a config.json or a preset.", panel=_MODEL)]
@@ -40,6 +46,7 @@ def open_model(
     *,
     dtype: str | None,
     kv_dtype: str | None,
+    precision: str = "exact",
     device: str,
     n_threads: int | None,
     config: str | None,
@@ -53,6 +60,7 @@ def open_model(
         name,
         dtype=dtype,
         kv_dtype=kv_dtype,
+        precision=precision,
         device=device,
         n_threads=n_threads,
         config=config,

@@ -10,9 +10,15 @@ use crate::ops::panels::{Format, NR};
 use crate::simd::{LANES, Simd};
 
 /// Formats whose groups are steps, and whose sums are float32.
-trait Floats: Pairs + Format {}
+trait Floats: Pairs + Format {
+    /// Rows of the tallest tile of 32 registers, two of sums for each row.
+    const TALLEST: usize = 14;
+}
 impl Floats for F32 {}
-impl Floats for Bf16 {}
+impl Floats for Bf16 {
+    /// With more, LLVM keeps inputs in registers that the sums need: half the speed.
+    const TALLEST: usize = 8;
+}
 impl Floats for Bf16Dots {}
 
 impl<P: Floats> Product for P {
@@ -22,9 +28,9 @@ impl<P: Floats> Product for P {
     const PIECE: usize = 512;
     const STEP_LINES: usize = P::GROUP_BYTES / LINE;
 
-    /// 14 x 32 of 32 registers; of sixteen that are half as wide, 6 x 16, or 3 x 32 for few rows.
+    /// Of sixteen registers that are half as wide, 6 x 16, or 3 x 32 for few rows.
     fn tallest(wide: bool) -> usize {
-        if wide { 14 } else { 6 }
+        if wide { Self::TALLEST } else { 6 }
     }
 
     fn address(x: Rows<'_, P::X>, row: usize, group: usize) -> (*const u8, usize) {
