@@ -102,7 +102,7 @@ impl<P: Cached> Kernel for Attention<'_, P> {
                     P::inputs(simd, self.q.row(first + row), &mut inputs[row * pairs..(row + 1) * pairs]);
             }
             let mut merged = [Merged { max: f32::NEG_INFINITY, sum: 0.0 }; QUERIES];
-            sums.fill(0.0);
+            sums[..count * width].fill(0.0);
             let position = self.position + first;
             for run in 0..=(position + count - 1) / RUN {
                 // Queries before the run see none of it.
@@ -358,12 +358,14 @@ impl<P: Cached> Attention<'_, P> {
     }
 }
 
-/// Asks for the cache lines that begin in step `index` from `address` on.
+/// Asks for the cache lines that begin in step `index` from `address` on, where one begins, too.
 #[inline(always)]
 fn ask<S: Simd, T>(simd: S, address: *const u8, index: usize) {
-    let mut offset = (index * size_of::<T>()).next_multiple_of(LINE);
-    while offset < (index + 1) * size_of::<T>() {
+    let offset = index * size_of::<T>();
+    for line in 0..size_of::<T>() / LINE {
+        simd.prefetch_l2(address.wrapping_add(offset + line * LINE));
+    }
+    if size_of::<T>() < LINE && index.is_multiple_of(LINE / size_of::<T>()) {
         simd.prefetch_l2(address.wrapping_add(offset));
-        offset += LINE;
     }
 }
