@@ -79,11 +79,6 @@ impl Workers {
         Ok(Workers { isa, precision, pool, scratch })
     }
 
-    /// Threads.
-    pub fn n_threads(&self) -> usize {
-        self.pool.n_threads()
-    }
-
     /// `out = wte[token] + wpe[position]`.
     pub fn embed(&mut self, wte: &[f32], wpe: &[f32], tokens: &[(u32, usize)], out: &mut Buffer<'_>) {
         let (c, stride) = (out.view().columns(), out.stride());
