@@ -24,6 +24,23 @@ use workers::{Attention, HeadBackward, Learned, Workers};
 pub use crate::ops::gemm::Precision;
 pub use parameters::{Biases, Tensor};
 
+/// What a run would allocate: (what, bytes).
+///
+/// # Errors
+/// [`Error::Setting`] for options out of range.
+pub fn memory_plan(config: &Config, options: &Options) -> Result<Vec<(&'static str, usize)>> {
+    check_options(config, options)?;
+    let tensors = Tensors::new(config, &Origin::Random { seed: 0 })?;
+    let len = Parameters::new(config, &tensors, options.biases).len;
+    let n_threads = options.n_threads.unwrap_or_else(|| threads_for(len));
+    Ok(Size::of(options).plan(config, len, n_threads))
+}
+
+/// Threads that help to train this many parameters.
+fn threads_for(parameters: usize) -> usize {
+    default_threads(parameters * size_of::<f32>())
+}
+
 /// How a model is trained.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -138,14 +155,13 @@ impl Trainer {
     /// [`Error::Setting`] for options out of range; what reading a checkpoint says; no memory or threads.
     pub fn new(config: Config, origin: &Origin<'_>, options: Options) -> Result<Trainer> {
         check_options(&config, &options)?;
-        let Options { batch_size, n_tokens, precision, recompute, .. } = options;
         let isa = options.isa.map_or_else(Isa::from_env, Ok)?;
         let tensors = Tensors::new(&config, origin)?;
         let parameters = Parameters::new(&config, &tensors, options.biases);
         let mut weights = Floats::new(parameters.len)?;
         in_default_mode(|| parameters.read(&tensors, weights.get_mut()))?;
-        let size = Size { batch_size, n_tokens, recompute };
-        let n_threads = options.n_threads.unwrap_or_else(|| default_threads(parameters.len * size_of::<f32>()));
+        let (size, precision) = (Size::of(&options), options.precision);
+        let n_threads = options.n_threads.unwrap_or_else(|| threads_for(parameters.len));
         let workers = Workers::new(isa, precision, n_threads, size, &config)?;
         let for_children = config.clone();
         let workers = PerProcess::new(workers, move || {
@@ -306,7 +322,11 @@ impl Trainer {
             return wrong("inputs' sequences", sequences, format!("in 1..={batch_size}"));
         }
         if batch.targets.len() != batch.inputs.len() {
-            return wrong("targets' tokens", batch.targets.len(), format!("{}, as the inputs", batch.inputs.len()));
+            return wrong(
+                "targets' tokens",
+                batch.targets.len(),
+                format!("{}, as the inputs", batch.inputs.len()),
+            );
         }
         let n_vocab = self.config.n_vocab;
         let mut ids = batch.inputs.iter().chain(batch.targets);
@@ -410,7 +430,12 @@ impl Model<'_> {
             self.forward(workers, (layer, block), weights, &before[layer], saved, &mut room)?;
             workers.activate(&saved.fc, self.config.activation_function, &mut room.hidden);
             workers.linear(&room.hidden, &block.mlp_c_proj, weights, &mut room.branch);
-            workers.drop(&room.branch, Some(&saved.mid), self.dropout.mask(Place::Mlp(layer)), &mut behind[0]);
+            workers.drop(
+                &room.branch,
+                Some(&saved.mid),
+                self.dropout.mask(Place::Mlp(layer)),
+                &mut behind[0],
+            );
         }
         let x_f = &x[h.len()];
         workers.norm(x_f, ln_f, weights, &mut room.normed);

@@ -69,7 +69,13 @@ impl Workers {
     ///
     /// # Errors
     /// [`Error::Threads`].
-    pub fn new(isa: Isa, precision: Precision, n_threads: usize, size: Size, config: &Config) -> Result<Workers> {
+    pub fn new(
+        isa: Isa,
+        precision: Precision,
+        n_threads: usize,
+        size: Size,
+        config: &Config,
+    ) -> Result<Workers> {
         let pool = Pool::new(n_threads).map_err(|source| Error::Threads { n_threads, source })?;
         let scratch = || Scratch {
             gemm: gemm::Scratch::new(),
@@ -121,7 +127,13 @@ impl Workers {
     }
 
     /// `out = y * factors`, plus `residual` where there is one.
-    pub fn drop(&mut self, y: &Buffer<'_>, residual: Option<&Buffer<'_>>, mask: Option<Mask>, out: &mut Buffer<'_>) {
+    pub fn drop(
+        &mut self,
+        y: &Buffer<'_>,
+        residual: Option<&Buffer<'_>>,
+        mask: Option<Mask>,
+        out: &mut Buffer<'_>,
+    ) {
         let (y, residual, stride) = (y.view(), residual.map(Buffer::view), out.stride());
         let isa = self.isa;
         let parts = out.split_rows(self.pool.n_threads());
@@ -149,7 +161,8 @@ impl Workers {
     pub fn activate(&mut self, x: &Buffer<'_>, activation: Activation, out: &mut Buffer<'_>) {
         let (x, stride, isa) = (x.view(), out.stride(), self.isa);
         let parts = out.split_rows(self.pool.n_threads());
-        self.pool.run(parts, |(first, out)| isa.run(Activate { x: x.rows_from(first), activation, out, stride }));
+        self.pool
+            .run(parts, |(first, out)| isa.run(Activate { x: x.rows_from(first), activation, out, stride }));
     }
 
     /// `d *= activation'(x)`.
@@ -330,7 +343,8 @@ impl Workers {
         let sums = maxima.into_iter().zip(cut(room.sums, times(blocks(), stride)));
         let parts = vocabulary.iter().zip(logits).zip(sums).zip(&mut self.scratch).collect();
         let (isa, precision) = (self.isa, self.precision);
-        type Part<'p> = (((&'p Range<usize>, &'p mut [f32]), (&'p mut [f32], &'p mut [f32])), &'p mut Scratch);
+        type Part<'p> =
+            (((&'p Range<usize>, &'p mut [f32]), (&'p mut [f32], &'p mut [f32])), &'p mut Scratch);
         self.pool.run(parts, |(((rows, logits), (maxima, sums)), scratch): Part<'_>| {
             let a = Operand::of(Rows::new(&wte[rows.start * c..rows.end * c], c, c));
             let b = Operand::transposed(h);
@@ -448,7 +462,9 @@ impl Attention {
         let hs = c / n_head;
         let head = |index: usize| {
             let rows = qkv.rows_from(index / n_head * tokens);
-            let of = |part: usize| rows.columns_of(part * c + index % n_head * hs..part * c + (index % n_head + 1) * hs);
+            let of = |part: usize| {
+                rows.columns_of(part * c + index % n_head * hs..part * c + (index % n_head + 1) * hs)
+            };
             flash_attention::Head { q: of(0), k: of(1), v: of(2), tokens, scale, mask, index }
         };
         (0..sequences * n_head).map(head).collect()
@@ -491,7 +507,11 @@ fn cut<T>(values: &mut [T], ranges: impl IntoIterator<Item = Range<usize>>) -> V
 }
 
 /// Two of the tensors, in the order of their places.
-fn two_of<'a>(values: &'a mut [f32], first: &Range<usize>, second: &Range<usize>) -> (&'a mut [f32], &'a mut [f32]) {
+fn two_of<'a>(
+    values: &'a mut [f32],
+    first: &Range<usize>,
+    second: &Range<usize>,
+) -> (&'a mut [f32], &'a mut [f32]) {
     let (before, behind) = values.split_at_mut(second.start);
     (&mut before[first.clone()], &mut behind[..second.len()])
 }
@@ -500,6 +520,8 @@ fn two_of<'a>(values: &'a mut [f32], first: &Range<usize>, second: &Range<usize>
 fn deal<'s, U>(units: Vec<U>, scratch: &'s mut [Scratch]) -> Vec<(Vec<U>, &'s mut Scratch)> {
     let (n, count) = (scratch.len(), units.len());
     let mut units = units.into_iter();
-    let part = |(i, scratch): (usize, &'s mut Scratch)| (units.by_ref().take(share(count, n, i).len()).collect(), scratch);
+    let part = |(i, scratch): (usize, &'s mut Scratch)| {
+        (units.by_ref().take(share(count, n, i).len()).collect(), scratch)
+    };
     scratch.iter_mut().enumerate().map(part).collect()
 }

@@ -33,7 +33,11 @@ impl Case {
     }
 
     pub fn options(&self) -> Options {
-        Options { n_threads: Some(2), isa: Some(fastest()), ..Options::new(self.batches.shape[2], self.batches.shape[3]) }
+        Options {
+            n_threads: Some(2),
+            isa: Some(fastest()),
+            ..Options::new(self.batches.shape[2], self.batches.shape[3])
+        }
     }
 
     pub fn trainer(&self, options: Options) -> Trainer {
@@ -77,7 +81,8 @@ fn the_first_gradients() {
             let found = &trainer.values(Kind::Gradient)[tensor.place.clone()];
             assert_eq!(found.len(), expected.len());
             let greatest = expected.iter().fold(0.0f64, |greatest, value| greatest.max(value.abs()));
-            let error = found.iter().zip(&expected).fold(0.0f64, |e, (&f, x)| e.max((f64::from(f) - x).abs()));
+            let error =
+                found.iter().zip(&expected).fold(0.0f64, |e, (&f, x)| e.max((f64::from(f) - x).abs()));
             println!("{name} {}: {error:e} of {greatest:e}: {:e}", tensor.name, error / greatest);
         }
     }
@@ -106,7 +111,8 @@ fn eight_steps() {
             let expected = case.of_tensor("after", &tensor.name);
             let found = &trainer.values(Kind::Weight)[tensor.place.clone()];
             let greatest = expected.iter().fold(0.0f64, |greatest, value| greatest.max(value.abs()));
-            let error = found.iter().zip(&expected).fold(0.0f64, |e, (&f, x)| e.max((f64::from(f) - x).abs()));
+            let error =
+                found.iter().zip(&expected).fold(0.0f64, |e, (&f, x)| e.max((f64::from(f) - x).abs()));
             println!("{name} {}: {error:e} of {greatest:e}: {:e}", tensor.name, error / greatest);
         }
     }
