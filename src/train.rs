@@ -287,8 +287,10 @@ impl Model<'_> {
         workers.norm_backward(x_f, ln_f, &room.dnormed, &mut learned, &mut room.dx, room.moments);
         for (layer, block) in h.iter().enumerate().rev() {
             let kept = layer.min(saved.len() - 1);
+            // Of blocks that share one memory, the last one's is still there.
+            let lost = saved.len() < h.len() && layer + 1 < h.len();
             let saved = &mut saved[kept];
-            if kept < layer && layer + 1 < h.len() {
+            if lost {
                 self.forward(workers, (layer, block), weights, &x[layer], saved, &mut room)?;
             }
             self.backward(workers, (layer, block), &mut learned, &x[layer], saved, &mut room)?;

@@ -36,7 +36,7 @@ impl Workers {
         for first in (0..targets.len()).step_by(room.tokens) {
             let rows = first..targets.len().min(first + room.tokens);
             let (h, targets) = (h.view().rows_from(first), &targets[rows.clone()]);
-            sum += self.losses(h, wte, targets, room);
+            sum = self.losses(h, wte, targets, room, sum);
             if let Some(HeadBackward { dwte, dh, scale }) = &mut backward {
                 self.head_backward(h, (wte, dwte), targets, room, dh, rows, *scale);
             }
@@ -44,8 +44,9 @@ impl Workers {
         sum
     }
 
-    /// Computes logits, and leaves each token's maximum and sum of exponentials in the first rows.
-    fn losses(&mut self, h: Rows<'_>, wte: &[f32], targets: &[u32], room: &mut Head<'_>) -> f64 {
+    /// Computes logits, leaves each token's maximum and sum of exponentials in the first rows, and adds the losses to
+    /// `before`, one after the other.
+    fn losses(&mut self, h: Rows<'_>, wte: &[f32], targets: &[u32], room: &mut Head<'_>, before: f64) -> f64 {
         let (c, tokens, threads) = (h.columns(), targets.len(), self.pool.n_threads());
         let (stride, v) = (padded_stride(tokens), wte.len() / c);
         let vocabulary: Vec<_> = vocabulary(v, threads).collect();
@@ -73,7 +74,7 @@ impl Workers {
             let logit = room.logits[target as usize * stride + token];
             cross_entropy::loss(logit, room.maxima[token], room.sums[token])
         };
-        in_default_mode(|| targets.iter().enumerate().map(loss).sum())
+        in_default_mode(|| targets.iter().enumerate().map(loss).fold(before, |sum, loss| sum + loss))
     }
 
     #[allow(clippy::too_many_arguments)]
