@@ -350,7 +350,6 @@ impl Workers {
                 let weights = &mut weights[both.clone()];
                 let (exp_avg, exp_avg_sq) = (&mut exp_avg[both.clone()], &mut exp_avg_sq[both]);
                 isa.run(AdamW { rule, gradients, weights, exp_avg, exp_avg_sq });
-                gradients.fill(0.0);
             }
         });
     }

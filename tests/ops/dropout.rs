@@ -99,13 +99,15 @@ fn adamw() {
         };
         let found = on_every_isa(|isa| {
             let (mut weights, mut m, mut v) = (weights.clone(), m.clone(), v.clone());
+            let mut gradients = gradients.clone();
             isa.run(AdamW {
                 rule,
-                gradients: &gradients,
+                gradients: &mut gradients,
                 weights: &mut weights,
                 exp_avg: &mut m,
                 exp_avg_sq: &mut v,
             });
+            assert!(gradients.iter().all(|&gradient| gradient == 0.0));
             [weights, m, v].concat()
         });
         weights = found[..n].to_vec();

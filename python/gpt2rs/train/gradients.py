@@ -39,7 +39,9 @@ def loss_and_grads(
     if not ids.size:
         raise ValueError(f"inputs have shape {ids.shape}; there must be at least one token")
     if n_tokens > model.config.n_ctx:
-        raise ValueError(f"inputs have {n_tokens} tokens a sequence; the model has {model.config.n_ctx} positions (n_ctx)")
+        raise ValueError(
+            f"inputs have {n_tokens} tokens a sequence; the model has {model.config.n_ctx} positions (n_ctx)"
+        )
     trainer = _core.Trainer.of_model(model._core, batch_size=batch_size, n_tokens=n_tokens)
     loss = trainer.accumulate(ids, wanted, step=0, micro_step=0, scale=1.0)
     return loss, {name: trainer.tensor("grad", name) for name in trainer.names()}
