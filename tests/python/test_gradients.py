@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gpt2rs
-from golden_cases import CASES
+from golden_cases import CASES, GOLDEN
 from gpt2rs import _core
 from gpt2rs.train.gradients import loss_and_grads
 
@@ -15,9 +15,10 @@ TRAINING = ("training_plain", "training_odd")
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_gradients_are_those_of_the_reference(name: str) -> None:
-    expected = np.load(CASES[name] / "expected.npz")
+    folder = GOLDEN / "cases" / name
+    expected = np.load(folder / "expected.npz")
     inputs, targets = expected["batches"][0]
-    model = gpt2rs.GPT2.from_pretrained(CASES[name], dtype="float32")
+    model = gpt2rs.GPT2.from_pretrained(folder, dtype="float32")
     loss, grads = loss_and_grads(model, inputs, targets)
     assert loss == pytest.approx(expected["losses"][0], rel=1e-6)
     names = {
