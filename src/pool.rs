@@ -244,6 +244,11 @@ impl<'a> Columns<'a> {
         }
     }
 
+    /// Distance between rows.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
     /// How many rows.
     pub fn rows(&self) -> usize {
         self.rows
