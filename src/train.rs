@@ -211,7 +211,8 @@ impl Trainer {
         Ok(sum / count)
     }
 
-    /// Clips the gradients, moves the weights, and forgets the gradients; gives the norm that they had.
+    /// Clips the gradients, moves the weights, and forgets the gradients; gives the norm that they had. A norm that is not
+    /// finite moves nothing: weights and moments stay whole.
     ///
     /// # Errors
     /// [`Error::Setting`] for values out of range.
@@ -220,6 +221,10 @@ impl Trainer {
         let mut workers = self.workers.lock();
         let mut sums = Vec::new();
         let norm = workers.norm_of(self.gradients.get(), &mut sums);
+        if !norm.is_finite() {
+            self.gradients.get_mut().fill(0.0);
+            return Ok(norm);
+        }
         let rules: Vec<_> = self
             .parameters
             .tensors

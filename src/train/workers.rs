@@ -221,7 +221,7 @@ impl Workers {
         });
     }
 
-    /// `dw += x^T dy` and `db += dy` summed over rows, and `dx = dy w^T` where it is wanted.
+    /// `dw += x^T dy`, `db += dy` summed over rows, and `dx = dy w^T`.
     pub fn linear_backward(
         &mut self,
         x: &Buffer<'_>,

@@ -209,9 +209,9 @@ fn what_is_out_of_range_is_refused() {
     }
 }
 
-/// Gradients that are not finite are told by the norm, and by nothing else.
+/// A loss that is not a number is given as such, and its gradients move nothing.
 #[test]
-fn a_loss_that_is_not_a_number_is_given_as_such() {
+fn what_is_not_finite_moves_nothing() {
     let case = Case::open("training_plain");
     let mut trainer = case.trainer(case.options());
     trainer.values_mut(Kind::Weight)[0] = f32::NAN;
@@ -220,4 +220,12 @@ fn a_loss_that_is_not_a_number_is_given_as_such() {
     let batch = Batch { inputs: &inputs, targets: &targets, n_tokens: 64 };
     let loss = trainer.accumulate(batch, Pass { step: 1, micro_step: 0, scale: 1.0 }, GO_ON).unwrap();
     assert!(loss.is_nan());
+    let bits =
+        |trainer: &Trainer| trainer.values(Kind::Weight).iter().map(|w| w.to_bits()).collect::<Vec<_>>();
+    let before = bits(&trainer);
+    let update =
+        Update { lr: 0.1, step: 1, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1, max_norm: Some(1.0) };
+    assert!(!trainer.update(update).unwrap().is_finite());
+    assert_eq!(bits(&trainer), before);
+    assert!(trainer.values(Kind::ExpAvg).iter().chain(trainer.values(Kind::Gradient)).all(|&v| v == 0.0));
 }
