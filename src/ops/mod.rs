@@ -69,7 +69,7 @@ impl<'a, T> Rows<'a, T> {
 }
 
 impl<'a> Rows<'a> {
-    /// The values two by two; an odd last one with what lies behind it, for which the stride must leave room.
+    /// Values two by two: a row of an odd length goes with what lies behind it, which must be a zero where it counts.
     ///
     /// # Panics
     /// When the stride is odd.

@@ -34,7 +34,7 @@ impl Kernel for LayerNormInput<'_> {
         let scale = 1.0 / c as f32;
         for (i, (dx, of_row)) in self.dx.chunks_mut(self.dx_stride).zip(self.moments).enumerate() {
             let (x, dy, dx) = (self.x.row(i), self.dy.row(i), &mut dx[..c]);
-            *of_row = moments(simd, x, self.eps);
+            [*of_row] = moments(simd, [x], self.eps);
             let (mean, inverse) = (simd.splat(of_row[0]), simd.splat(of_row[1]));
             let mut sum = simd.splat(0.0);
             let mut sum_normed = simd.splat(0.0);
