@@ -3,6 +3,8 @@
 // Registers are arrays indexed by constants: iterators over them hide that from whoever reads, and from LLVM.
 #![allow(clippy::needless_range_loop)]
 
+pub mod backward;
+
 use super::Rows;
 use crate::simd::{Kernel, LANES, Simd, load_partial, store_partial};
 
@@ -51,44 +53,14 @@ impl LayerNorm<'_> {
     #[inline(always)]
     fn several<S: Simd, const N: usize>(&mut self, simd: S, first: usize) {
         let columns = self.x.columns();
-        let scale = 1.0 / columns as f32;
-        let (whole, rest) = (columns / LANES, columns % LANES);
         let mut x = [&[][..]; N];
         for r in 0..N {
             x[r] = self.x.row(first + r);
         }
-        let mut sums = [simd.splat(0.0); N];
-        for i in 0..whole {
-            for r in 0..N {
-                sums[r] = simd.add(sums[r], simd.load(&x[r].as_chunks().0[i]));
-            }
-        }
-        let mut means = [simd.splat(0.0); N];
+        let moments = moments(simd, x, self.eps);
+        let (mut means, mut inverses) = ([simd.splat(0.0); N], [simd.splat(0.0); N]);
         for r in 0..N {
-            if rest > 0 {
-                sums[r] = simd.add(sums[r], load_partial(simd, &x[r][whole * LANES..]));
-            }
-            means[r] = simd.splat(simd.reduce_add(sums[r]) * scale);
-        }
-        let mut squares = [simd.splat(0.0); N];
-        for i in 0..whole {
-            for r in 0..N {
-                let difference = simd.sub(simd.load(&x[r].as_chunks().0[i]), means[r]);
-                squares[r] = simd.fma(difference, difference, squares[r]);
-            }
-        }
-        let mut inverses = [simd.splat(0.0); N];
-        for r in 0..N {
-            if rest > 0 {
-                // Lanes past the end would hold zeros, whose distance to the mean is none of the row's.
-                let mut array = [0.0; LANES];
-                simd.store(means[r], &mut array);
-                array[..rest].copy_from_slice(&x[r][whole * LANES..]);
-                let difference = simd.sub(simd.load(&array), means[r]);
-                squares[r] = simd.fma(difference, difference, squares[r]);
-            }
-            let variance = simd.reduce_add(squares[r]) * scale;
-            inverses[r] = simd.splat(1.0 / (variance + self.eps).sqrt());
+            (means[r], inverses[r]) = (simd.splat(moments[r][0]), simd.splat(moments[r][1]));
         }
         for start in (0..columns).step_by(LANES) {
             let lanes = start..columns.min(start + LANES);
@@ -102,4 +74,47 @@ impl LayerNorm<'_> {
             }
         }
     }
+}
+
+/// Of each row the mean, and `1 / sqrt(variance + eps)`.
+#[inline(always)]
+fn moments<S: Simd, const N: usize>(simd: S, x: [&[f32]; N], eps: f32) -> [[f32; 2]; N] {
+    let columns = x[0].len();
+    let scale = 1.0 / columns as f32;
+    let (whole, rest) = (columns / LANES, columns % LANES);
+    let mut sums = [simd.splat(0.0); N];
+    for i in 0..whole {
+        for r in 0..N {
+            sums[r] = simd.add(sums[r], simd.load(&x[r].as_chunks().0[i]));
+        }
+    }
+    let mut moments = [[0.0; 2]; N];
+    let mut means = [simd.splat(0.0); N];
+    for r in 0..N {
+        if rest > 0 {
+            sums[r] = simd.add(sums[r], load_partial(simd, &x[r][whole * LANES..]));
+        }
+        moments[r][0] = simd.reduce_add(sums[r]) * scale;
+        means[r] = simd.splat(moments[r][0]);
+    }
+    let mut squares = [simd.splat(0.0); N];
+    for i in 0..whole {
+        for r in 0..N {
+            let difference = simd.sub(simd.load(&x[r].as_chunks().0[i]), means[r]);
+            squares[r] = simd.fma(difference, difference, squares[r]);
+        }
+    }
+    for r in 0..N {
+        if rest > 0 {
+            // Lanes past the end would hold zeros, whose distance to the mean is none of the row's.
+            let mut array = [0.0; LANES];
+            simd.store(means[r], &mut array);
+            array[..rest].copy_from_slice(&x[r][whole * LANES..]);
+            let difference = simd.sub(simd.load(&array), means[r]);
+            squares[r] = simd.fma(difference, difference, squares[r]);
+        }
+        let variance = simd.reduce_add(squares[r]) * scale;
+        moments[r][1] = 1.0 / (variance + eps).sqrt();
+    }
+    moments
 }

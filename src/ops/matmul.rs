@@ -61,6 +61,8 @@ pub trait Product: Format {
 pub enum Then<'a> {
     /// Nothing: the output is stored.
     Store,
+    /// The same, but the chains went on from what the output held, not from zero; of float formats alone.
+    Continue,
     /// An activation function.
     Activate(Activation),
     /// It is added to these columns of the residual stream instead, in place.
@@ -96,6 +98,8 @@ pub struct Part {
     panel: usize,
     rows: Range<usize>,
     groups: Range<usize>,
+    /// Whether its chains begin here.
+    fresh: bool,
 }
 
 impl<F: Product> Kernel for MatMul<'_, F> {
@@ -117,6 +121,7 @@ impl<F: Product> Kernel for MatMul<'_, F> {
         let panels = columns.start / NR..columns.end.div_ceil(NR);
         for first in (0..all).step_by(length) {
             let groups = first..(first + length).min(all);
+            let fresh = first == 0 && !matches!(self.then, Then::Continue);
             let mut bytes = groups.start * F::GROUP_BYTES..groups.end * F::GROUP_BYTES;
             if groups.end == all {
                 bytes.end += F::PANEL_BYTES;
@@ -124,7 +129,7 @@ impl<F: Product> Kernel for MatMul<'_, F> {
             for panel in panels.clone() {
                 let piece = &self.w.panel(panel)[bytes.clone()];
                 if tiles == 1 {
-                    let part = Part { panel, rows: 0..self.rows, groups: groups.clone() };
+                    let part = Part { panel, rows: 0..self.rows, groups: groups.clone(), fresh };
                     let address = piece.as_ptr().wrapping_add(AHEAD_BYTES);
                     let ahead = Ahead { address, lines: usize::MAX, gap: 0 };
                     self.tile::<S, true>(simd, part, piece, ahead, &mut sums);
@@ -136,7 +141,11 @@ impl<F: Product> Kernel for MatMul<'_, F> {
                     // The first tiles bring the next piece of weights, the others the next tile's inputs, of which all
                     // together don't stay in the second-level cache.
                     let brought = tile * piece.len() / F::STEP_LINES * F::ASKED_LINES;
-                    let ahead = if brought < piece.len() {
+                    let ahead = if matches!(self.then, Then::Continue) {
+                        // Sums that go on are read at a tile's begin, by when they must be there.
+                        let following = if tile + 1 < tiles { (rows.end, panel) } else { (0, panel + 1) };
+                        self.sums_of(following.0, following.1.min(panels.end - 1))
+                    } else if brought < piece.len() {
                         Ahead { address: next.wrapping_add(brought), lines: usize::MAX, gap: 0 }
                     } else {
                         let row = if tile + 1 < tiles { rows.end } else { 0 };
@@ -146,7 +155,7 @@ impl<F: Product> Kernel for MatMul<'_, F> {
                         // Negative where rows are closer than whole lines; addresses wrap.
                         Ahead { address, lines, gap: stride.wrapping_sub(lines * LINE) }
                     };
-                    let part = Part { panel, rows, groups: groups.clone() };
+                    let part = Part { panel, rows, groups: groups.clone(), fresh };
                     self.tile::<S, false>(simd, part, piece, ahead, &mut sums);
                 }
             }
@@ -158,6 +167,16 @@ impl<F: Product> Kernel for MatMul<'_, F> {
 pub type Tile = [[f32; NR]; TALLEST];
 
 impl<F: Product> MatMul<'_, F> {
+    /// The output of a tile that begins at `row` of `panel`.
+    #[inline(always)]
+    fn sums_of(&mut self, row: usize, panel: usize) -> Ahead {
+        // Rows begin anywhere in a line.
+        const LINES: usize = NR * size_of::<f32>() / LINE + 1;
+        let gap = (self.out.stride() * size_of::<f32>()).wrapping_sub(LINES * LINE);
+        let left = panel * NR - self.out.range().start;
+        Ahead { address: self.out.row(row)[left..].as_ptr().cast(), lines: LINES, gap }
+    }
+
     /// One tile: what was summed before, a piece of k, and after the last piece the epilogue.
     #[inline(always)]
     fn tile<S: Simd, const STREAM: bool>(
@@ -181,7 +200,7 @@ impl<F: Product> MatMul<'_, F> {
             simd.prefetch(out[columns.start..].as_ptr());
             simd.prefetch(out[columns.end - 1..].as_ptr());
         }
-        if part.groups.start > 0 {
+        if !part.fresh {
             for (sums, row) in sums.iter_mut().zip(part.rows.clone()) {
                 let out = &self.out.row(row)[columns.clone()];
                 match out.first_chunk() {
@@ -214,7 +233,7 @@ impl<F: Product> MatMul<'_, F> {
             }
         }
         let (activation, adds) = match self.then {
-            Then::Store => (None, false),
+            Then::Store | Then::Continue => (None, false),
             Then::Activate(activation) => (Some(activation), false),
             Then::AddTo(_) => (None, true),
         };

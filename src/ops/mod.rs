@@ -1,9 +1,14 @@
 //! GPT-2's operations, one file each. All sums of float32 follow one order, whatever the instruction set, the number of
 //! threads or the shape of the batch: see `docs/design.md`, "One answer".
 
+pub mod adamw;
 pub mod attention;
+pub mod cross_entropy;
+pub mod dropout;
 pub mod embed;
+pub mod flash_attention;
 pub mod gelu;
+pub mod gemm;
 pub mod layernorm;
 pub mod matmul;
 pub mod pairs;
@@ -64,9 +69,13 @@ impl<'a, T> Rows<'a, T> {
 }
 
 impl<'a> Rows<'a> {
-    /// Values two by two: the stride must be even, and a row of an odd length have a zero behind it.
+    /// Values two by two: a row of an odd length goes with what lies behind it, which must be a zero where it counts.
+    ///
+    /// # Panics
+    /// When the stride is odd.
     pub fn pairs(&self) -> Rows<'a, [f32; 2]> {
-        Rows::new(bytemuck::cast_slice(self.data), self.stride / 2, self.columns.div_ceil(2))
+        assert!(self.stride.is_multiple_of(2));
+        Rows { data: self.data.as_chunks().0, stride: self.stride / 2, columns: self.columns.div_ceil(2) }
     }
 }
 
