@@ -1,0 +1,122 @@
+"""The tokenizer of a run: where it comes from, what identifies it, and its files for the checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..checkpoints import BUILT_IN, built_in_folder
+from ..saving import TOKENIZER_FILES
+from ..text import token_bytes
+from ..tokenizer import byte_characters, load_tokenizer
+from .documents import SEPARATOR
+
+if TYPE_CHECKING:
+    import tiktoken
+    from numpy.typing import NDArray
+
+_PUBLISHED_N_VOCAB = 50257
+# Ids have 32 bits in files; a model's own limit is lower.
+_ANY_N_VOCAB = 1 << 31
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """An encoding, or none, with the folder that its files are in, where it has one."""
+
+    encoding: tiktoken.Encoding | None
+    folder: Path | None
+
+    @staticmethod
+    def named(name: str) -> Vocabulary:
+        """What the setting `tokenizer` says; FileNotFoundError where there is no such tokenizer."""
+        if name == "none":
+            return Vocabulary(None, None)
+        if name == "gpt2":
+            return Vocabulary(load_tokenizer(None, _PUBLISHED_N_VOCAB), None)
+        folder = built_in_folder() if name == BUILT_IN else Path(name).expanduser()
+        return Vocabulary.of_checkpoint(folder, _ANY_N_VOCAB)
+
+    @staticmethod
+    def of_checkpoint(folder: Path | None, n_vocab: int) -> Vocabulary:
+        """That of a model with `n_vocab` tokens; FileNotFoundError where it has none."""
+        encoding = load_tokenizer(folder, n_vocab)
+        if encoding is None:
+            raise FileNotFoundError(
+                f"no tokenizer in {folder}: looked for vocab.json and merges.txt; the names are 'gpt2', "
+                f"'{BUILT_IN}' and 'none'"
+            )
+        own = folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES)
+        return Vocabulary(encoding, folder if own else None)
+
+    @property
+    def n_tokens(self) -> int:
+        """One more than the largest id; 0 without an encoding."""
+        return 0 if self.encoding is None else self.encoding.n_vocab
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id of `<|endoftext|>`, where there is one."""
+        return None if self.encoding is None else self.encoding._special_tokens.get(SEPARATOR)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides which ids a text has."""
+        if self.encoding is None:
+            return ""
+        digest = hashlib.sha256(self.encoding._pat_str.encode())
+        for token, rank in sorted(self.encoding._mergeable_ranks.items()):
+            digest.update(b"%d %b\n" % (rank, token.hex().encode()))
+        digest.update(json.dumps(sorted(self.encoding._special_tokens.items())).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def characters(self) -> NDArray[np.int32]:
+        """(n_tokens,): how many characters begin in each token; 0 for `<|endoftext|>` and unused ids."""
+        counts = np.zeros(self.n_tokens, np.int32)
+        if self.encoding is not None:
+            for token in set(range(self.n_tokens)) - set(self.encoding._special_tokens.values()):
+                counts[token] = sum(byte & 0xC0 != 0x80 for byte in token_bytes(self.encoding, token))
+        return counts
+
+    def save(self, folder: Path) -> None:
+        """Write the files into `folder`: copies of its own, else GPT-2's vocab.json and merges.txt."""
+        if self.encoding is None:
+            return
+        if self.folder is not None:
+            for name in TOKENIZER_FILES:
+                if (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, folder / name)
+            return
+        ranks, special = self.encoding._mergeable_ranks, self.encoding._special_tokens
+        letters = byte_characters()
+
+        def written(token: bytes) -> str:
+            return "".join(letters[byte] for byte in token)
+
+        vocab = {written(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
+        merges = [
+            f"{written(left)} {written(right)}"
+            for token in sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
+            for left, right in [_halves(token, ranks)]
+        ]
+        (folder / "vocab.json").write_text(json.dumps({**vocab, **special}, ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def _halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that a merge makes `token` of: what its bytes become by all merges before it."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        merged = [ranks.get(left + right, _ANY_N_VOCAB) for left, right in zip(parts, parts[1:], strict=False)]
+        at = min(range(len(merged)), key=merged.__getitem__)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
