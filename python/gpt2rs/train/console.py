@@ -129,7 +129,9 @@ class Console:
         step = self._steps[-1] if self._steps else None
         done = step.step if step else started.step
         rows = [Text(_step_text(step) if step else f"step {done}")]
-        rows.append(Text(f"{self._speed()}   {self._left()} left" if step else "the first step is being made"))
+        rows.append(
+            Text(f"{self._speed()}   {self._left()} left" if step else "the first step is being made")
+        )
         if self._evaluated:
             text = f"held out, after step {self._evaluated.step}: {_val_text(self._evaluated)}"
             if self._best:
@@ -138,7 +140,10 @@ class Console:
         if self._saved:
             rows.append(Text(f"saved {self._saved.folder}"))
         if self._sampled:
-            rows += [Text(f"\nafter step {self._sampled.step} it writes:"), Text(_indented(self._sampled), "dim")]
+            rows += [
+                Text(f"\nafter step {self._sampled.step} it writes:"),
+                Text(_indented(self._sampled), "dim"),
+            ]
         bar = ProgressBar(total=max(1, started.steps), completed=done)
         return Panel(Group(bar, *rows), title=f"step {done} of {started.steps}", title_align="left")
 

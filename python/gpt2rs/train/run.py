@@ -135,7 +135,12 @@ class Run:
             self._best, self._best_step = found.loss, trainer.n_steps
         self._tell(
             Evaluated(
-                trainer.n_steps, found.loss, found.per_character, found.tokens, time.perf_counter() - began, is_best
+                trainer.n_steps,
+                found.loss,
+                found.per_character,
+                found.tokens,
+                time.perf_counter() - began,
+                is_best,
             )
         )
         return is_best

@@ -1,11 +1,11 @@
 """The folder of a run: its settings, its log, and its checkpoints, of which the last and the best stay.
 
-    settings.toml    how the run was started
-    log.jsonl        what happened, a line each
-    step-001000/     a checkpoint: config.json, model.safetensors, the tokenizer's files; beside them
-                     optimizer.safetensors (AdamW's moments) and training.json (where the run was)
-    last, best       links to two of these
-    loss.svg         the losses, with samples
+settings.toml    how the run was started
+log.jsonl        what happened, a line each
+step-001000/     a checkpoint: config.json, model.safetensors, the tokenizer's files; beside them
+                 optimizer.safetensors (AdamW's moments) and training.json (where the run was)
+last, best       links to two of these
+loss.svg         the losses, with samples
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ class RunFolder:
         """The latest checkpoint."""
         return next(reversed(self.checkpoints().values()), None)
 
-    def save(
-        self, core: _core.Trainer, vocabulary: Vocabulary, position: Position, dropout: float
-    ) -> Path:
+    def save(self, core: _core.Trainer, vocabulary: Vocabulary, position: Position, dropout: float) -> Path:
         """Write a checkpoint, then remove all but it and the best.
 
         OSError, a full disk for one, leaves the checkpoints that there were.

@@ -194,7 +194,11 @@ def _text(name: str, value: Any) -> str:
 
 
 def _path(name: str, value: Any) -> str:
-    if not isinstance(value, str | os.PathLike) or not (path := os.fspath(value)) or not isinstance(path, str):
+    if (
+        not isinstance(value, str | os.PathLike)
+        or not (path := os.fspath(value))
+        or not isinstance(path, str)
+    ):
         raise ValueError(f"{name} is {value!r}; it must be a path")
     return path
 

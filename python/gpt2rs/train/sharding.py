@@ -88,9 +88,7 @@ def _kept(folder: Path) -> list[Ids] | None:
     return shards if sum(map(len, shards)) == about["n_tokens"] else None
 
 
-def _write(
-    spans: Sequence[Span], vocabulary: Vocabulary, folder: Path, progress: Progress
-) -> dict[str, Any]:
+def _write(spans: Sequence[Span], vocabulary: Vocabulary, folder: Path, progress: Progress) -> dict[str, Any]:
     total, done = sum(span.end - span.begin for span in spans), 0
     n_documents = 0
     with ShardWriter(folder, vocabulary.n_tokens) as writer:

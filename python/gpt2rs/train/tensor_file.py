@@ -41,7 +41,11 @@ def read_tensors(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, N
         text = file.read(length) if length <= size else b""
     try:
         header = json.loads(text)
-        found = {name: (entry["shape"], entry["data_offsets"]) for name, entry in header.items() if name[:2] != "__"}
+        found = {
+            name: (entry["shape"], entry["data_offsets"])
+            for name, entry in header.items()
+            if name[:2] != "__"
+        }
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path}: no safetensors file, or not all of it") from None
     tensors = {}

@@ -79,9 +79,7 @@ class Trainer:
 
     def model(self, dtype: str = "float32") -> GPT2:
         """A model of the weights as they are now, which later steps don't change."""
-        return GPT2(
-            self.core.model(dtype), folder=self.vocabulary.folder, tokenizer=self.vocabulary.encoding
-        )
+        return GPT2(self.core.model(dtype), folder=self.vocabulary.folder, tokenizer=self.vocabulary.encoding)
 
     def step(self, inputs: Any, targets: Any) -> Step:
         """Learn from (B, T) token ids and the (B, T) ids that follow each; T is n_ctx at most.

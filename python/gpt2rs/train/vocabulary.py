@@ -108,7 +108,9 @@ class Vocabulary:
             for token in sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
             for left, right in [_halves(token, ranks)]
         ]
-        (folder / "vocab.json").write_text(json.dumps({**vocab, **special}, ensure_ascii=False), encoding="utf-8")
+        (folder / "vocab.json").write_text(
+            json.dumps({**vocab, **special}, ensure_ascii=False), encoding="utf-8"
+        )
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
@@ -116,7 +118,9 @@ def _halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
     """The two tokens that a merge makes `token` of: what its bytes become by all merges before it."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        merged = [ranks.get(left + right, _ANY_N_VOCAB) for left, right in zip(parts, parts[1:], strict=False)]
+        merged = [
+            ranks.get(left + right, _ANY_N_VOCAB) for left, right in zip(parts, parts[1:], strict=False)
+        ]
         at = min(range(len(merged)), key=merged.__getitem__)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]

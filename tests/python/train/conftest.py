@@ -1,0 +1,66 @@
+"""Text and settings of runs that take a moment."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stand_in
+from gpt2rs.train import TrainSettings
+
+stand_in.install()
+
+WORDS = "the king and queen of night shall speak no more but thou my lord art here with me to day".split()
+
+
+def prose(seed: int, n_words: int) -> str:
+    """Words in sentences: something to be learned, and the same on every machine."""
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) + (".\n" if draw.random() < 0.1 else "") for _ in range(n_words))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads or fills the user's own cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "gpt2rs" / "tokens"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(prose(1, 3000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small(text: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run of twelve steps on a model of one layer."""
+    return {
+        "data": str(text),
+        "out": str(tmp_path / "run"),
+        "tokenizer": "shakespeare",
+        "val_fraction": 0.1,
+        "n_layer": 1,
+        "n_embd": 16,
+        "n_head": 2,
+        "n_ctx": 32,
+        "dropout": 0.1,
+        "batch_size": 2,
+        "tokens_per_step": 5 * 32,
+        "steps": 12,
+        "lr": 1e-2,
+        "save_every": 4,
+        "eval_every": 6,
+        "sample_every": 6,
+        "sample_tokens": 8,
+        "n_threads": 1,
+    }
+
+
+@pytest.fixture
+def settings(small: dict[str, Any]) -> TrainSettings:
+    return TrainSettings(**small)
