@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,18 +29,23 @@ _ANY_N_VOCAB = 1 << 31
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """An encoding, or none, with the folder that its files are in, where it has one."""
+    """An encoding, or none.
+
+    folder, files: where its files are, and their contents by name; the folder of a run's checkpoint does not
+    stay.  None and nothing for the published encoding, which tiktoken keeps.
+    """
 
     encoding: tiktoken.Encoding | None
-    folder: Path | None
+    folder: Path | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @staticmethod
     def named(name: str) -> Vocabulary:
         """What the setting `tokenizer` says; FileNotFoundError where there is no such tokenizer."""
         if name == "none":
-            return Vocabulary(None, None)
+            return Vocabulary(None)
         if name == "gpt2":
-            return Vocabulary(load_tokenizer(None, _PUBLISHED_N_VOCAB), None)
+            return Vocabulary(load_tokenizer(None, _PUBLISHED_N_VOCAB))
         folder = built_in_folder() if name == BUILT_IN else Path(name).expanduser()
         return Vocabulary.of_checkpoint(folder, _ANY_N_VOCAB)
 
@@ -54,8 +58,9 @@ class Vocabulary:
                 f"no tokenizer in {folder}: looked for vocab.json and merges.txt; the names are 'gpt2', "
                 f"'{BUILT_IN}' and 'none'"
             )
-        own = folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES)
-        return Vocabulary(encoding, folder if own else None)
+        paths = [folder / name for name in TOKENIZER_FILES] if folder is not None else []
+        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+        return Vocabulary(encoding, folder if files else None, files)
 
     @property
     def n_tokens(self) -> int:
@@ -88,14 +93,13 @@ class Vocabulary:
         return counts
 
     def save(self, folder: Path) -> None:
-        """Write the files into `folder`: copies of its own, else GPT-2's vocab.json and merges.txt."""
+        """Write the files into `folder`: its own, else vocab.json and merges.txt that say the same."""
+        for name, content in (self.files or self._written()).items():
+            (folder / name).write_bytes(content)
+
+    def _written(self) -> dict[str, bytes]:
         if self.encoding is None:
-            return
-        if self.folder is not None:
-            for name in TOKENIZER_FILES:
-                if (self.folder / name).is_file():
-                    shutil.copyfile(self.folder / name, folder / name)
-            return
+            return {}
         ranks, special = self.encoding._mergeable_ranks, self.encoding._special_tokens
         letters = byte_characters()
 
@@ -108,10 +112,10 @@ class Vocabulary:
             for token in sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
             for left, right in [_halves(token, ranks)]
         ]
-        (folder / "vocab.json").write_text(
-            json.dumps({**vocab, **special}, ensure_ascii=False), encoding="utf-8"
-        )
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+        return {
+            "vocab.json": json.dumps({**vocab, **special}, ensure_ascii=False).encode(),
+            "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
+        }
 
 
 def _halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:

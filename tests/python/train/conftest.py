@@ -64,3 +64,14 @@ def small(text: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def settings(small: dict[str, Any]) -> TrainSettings:
     return TrainSettings(**small)
+
+
+@pytest.fixture
+def gpt2_encoding() -> Any:
+    """GPT-2's published encoding, where tiktoken has it or gets it."""
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:
+        pytest.skip(f"GPT-2's published encoding is out of reach: {error}")
