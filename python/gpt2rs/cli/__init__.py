@@ -85,7 +85,7 @@ def gpt2rs(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave."),
     ] = False,
 ) -> None:
-    """Run GPT-2: generate text, look at a model, score a text, compare dtypes, pack weights, train, measure."""
+    """Run GPT-2 (generate, info, score), compare and convert its weights, train it, measure."""
 
 
 def main() -> None:

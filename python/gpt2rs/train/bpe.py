@@ -40,7 +40,7 @@ def train_tokenizer(data: Sequence[str], out: Path, size: int) -> tuple[int, int
     for name in ("vocab.json", "merges.txt"):
         if (out / name).exists():
             raise FileExistsError(f"{out} has a {name} already; take another folder")
-    spans = whole(text_files(data))
+    spans = whole(text_files([Path(path).expanduser() for path in data]))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(

@@ -11,6 +11,7 @@ from .events import Evaluated, Event, Finished, Sampled, Saved, Started, Step
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.live import Live
 
 # Rates and times left are means over this many steps.
 _WINDOW = 20
@@ -29,7 +30,7 @@ class Console:
 
         self._rich = RichConsole(highlight=False, markup=False, soft_wrap=True)
         self._is_live = self._rich.is_terminal if live is None else live
-        self._live = None
+        self._live: Live | None = None
         self._started: Started | None = None
         self._steps: deque[Step] = deque(maxlen=_WINDOW)
         self._evaluated: Evaluated | None = None
@@ -164,12 +165,13 @@ def _heading(event: Started) -> str:
     config = event.config
     total = sum(event.memory.values())
     parts = ", ".join(f"{what} {size / 2**20:,.0f}" for what, size in event.memory.items())
+    epochs = event.tokens_per_step * event.steps / max(1, event.train_tokens)
     lines = [
-        f"{event.n_parameters / 1e6:.1f} M parameters: {config['n_layer']} layers, {config['n_embd']} channels, "
-        f"{config['n_head']} heads, {config['vocab_size']} tokens, {config['n_positions']} positions",
+        f"{event.n_parameters / 1e6:.1f} M parameters: {config['n_layer']} layers, "
+        f"{config['n_embd']} channels, {config['n_head']} heads, {config['vocab_size']} tokens, "
+        f"{config['n_positions']} positions",
         f"data: {event.train_tokens:,} tokens to learn from, {event.val_tokens:,} held out; "
-        f"{event.tokens_per_step:,} a step, "
-        f"{event.tokens_per_step * event.steps / max(1, event.train_tokens):.2f} epochs in {event.steps} steps",
+        f"{event.tokens_per_step:,} a step, {epochs:.2f} epochs in {event.steps} steps",
         f"memory: {total / 2**20:,.0f} MiB ({parts}); {event.n_threads} threads, "
         f"FMA peak {event.peak_gflops:,.0f} GFLOP/s",
     ]

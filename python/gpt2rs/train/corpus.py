@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .documents import hold_out, whole
+from .documents import Span, hold_out, whole
 from .settings import TrainSettings
 from .sharding import Progress, default_cache, shards_of
 from .token_files import Ids, check_ids, open_tokens
@@ -78,15 +78,16 @@ def open_corpus(
     if not settings.data:
         raise ValueError("data is empty; it must name files or folders to train on")
     cache = default_cache() if settings.cache_dir is None else Path(settings.cache_dir).expanduser()
-    files = _files(settings.data)
-    held_files = _files(settings.val_data)
+    files = _files(settings.paths("data"))
+    held_files = _files(settings.paths("val_data"))
     if _are_tokens(files):
         if not held_files:
             held_files = [path for path in files if _HELD_OUT_NAME.search(path.stem)]
             files = [path for path in files if path not in held_files]
         tokens = Tokens([_checked(path, n_vocab) for path in files])
     else:
-        spans, held_spans = whole(files), []
+        spans = whole(files)
+        held_spans: list[Span] = []
         if not held_files:
             spans, held_spans = hold_out(spans, settings.val_fraction)
         tokens = Tokens(shards_of(spans, _needed(vocabulary, files), cache, progress))
@@ -99,7 +100,7 @@ def open_corpus(
     return tokens, Tokens(shards_of(whole(held_files), _needed(vocabulary, held_files), cache, progress))
 
 
-def text_files(paths: Sequence[str]) -> list[Path]:
+def text_files(paths: Sequence[Path]) -> list[Path]:
     """The text files that are meant by files and folders; ValueError where they are token files."""
     files = _files(paths)
     if _are_tokens(files):
@@ -107,10 +108,9 @@ def text_files(paths: Sequence[str]) -> list[Path]:
     return files
 
 
-def _files(paths: Sequence[str]) -> list[Path]:
+def _files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
-    for name in paths:
-        path = Path(name).expanduser()
+    for path in paths:
         if path.is_dir():
             inside = sorted(path.rglob("*.txt")) or sorted(path.glob("*.bin"))
             if not inside:

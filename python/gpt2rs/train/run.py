@@ -33,8 +33,8 @@ class Diverged(RuntimeError):
     def __init__(self, what: str, value: float) -> None:
         """What is no number, and what it is."""
         super().__init__(
-            f"{what} is {value}: the run diverged; a lower lr or a longer warmup may help, and what was saved "
-            "before is as it was"
+            f"{what} is {value}: the run diverged; a lower lr or a longer warmup may help, and what was "
+            "saved before is as it was"
         )
 
 

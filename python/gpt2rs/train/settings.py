@@ -6,7 +6,8 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from ..ranges import Check, Interval, boolean, integer, number, optional
 
@@ -160,6 +161,10 @@ class TrainSettings:
     def changed(self) -> dict[str, Any]:
         """The settings that are not at their default, by name."""
         return {name: value for name in _CHECKS if (value := getattr(self, name)) != _DEFAULTS[name]}
+
+    def paths(self, name: Literal["data", "val_data"]) -> list[Path]:
+        """The files and folders of a setting, `~` being the user's home."""
+        return [Path(path).expanduser() for path in _paths(name, getattr(self, name))]
 
     def batching(self, n_tokens: int) -> tuple[int, int]:
         """(sequences a step, sequences computed at once) where sequences have `n_tokens` tokens.

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import _core
 from ..checkpoints import open_checkpoint
-from .run_folder import RunFolder, Position, read_moments, read_position
+from .run_folder import Position, RunFolder, read_moments, read_position
 from .settings import TrainSettings
 from .settings_file import read_settings
 from .vocabulary import Vocabulary
@@ -28,8 +28,8 @@ class Start:
 def begin(settings: TrainSettings) -> Start:
     """A new model, or that of `init_from`; errors as of `TrainSettings` and `GPT2.from_pretrained`."""
     if settings.init_from is not None:
-        return _load(settings, settings.init_from)
-    vocabulary = Vocabulary.named(settings.tokenizer or "gpt2")
+        return _load(settings, str(settings.init_from))
+    vocabulary = Vocabulary.named(str(settings.tokenizer or "gpt2"))
     config = new_config(settings, vocabulary)
     core = _core.Trainer.random(config, **_options(settings, config.n_ctx), bias=settings.bias)
     return Start(core, vocabulary, config.n_ctx, None)
@@ -96,10 +96,10 @@ def _load(settings: TrainSettings, name: str | Path, position: Position | None =
     n_tokens = n_ctx if settings.n_ctx is None else settings.n_ctx
     if n_tokens > n_ctx:
         raise ValueError(f"n_ctx is {n_tokens}; the model of {name} has {n_ctx} positions")
-    if settings.tokenizer is None or position is not None and settings.tokenizer != "none":
+    if settings.tokenizer is None or (position is not None and settings.tokenizer != "none"):
         vocabulary = Vocabulary.of_checkpoint(source.folder, source.config.n_vocab)
     else:
-        vocabulary = Vocabulary.named(settings.tokenizer)
+        vocabulary = Vocabulary.named(str(settings.tokenizer))
     if vocabulary.n_tokens > source.config.n_vocab:
         raise ValueError(
             f"the tokenizer has {vocabulary.n_tokens} tokens; the model of {name} has {source.config.n_vocab}"

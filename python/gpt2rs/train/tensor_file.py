@@ -48,7 +48,7 @@ def read_tensors(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, N
         }
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path}: no safetensors file, or not all of it") from None
-    tensors = {}
+    tensors: dict[str, NDArray[np.float32]] = {}
     for name, shape in shapes.items():
         own, (begin, end) = found.get(name, (None, (0, 0)))
         if own != list(shape) or end - begin != 4 * math.prod(shape) or 8 + length + end > size:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 HEADER_BYTES = 256 * 4
 # A header has 31 bits for the number of tokens; llm.c's own shards have as many as this.
 SHARD_TOKENS = 100_000_000
-_DTYPES = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+_DTYPES: dict[int, tuple[int, np.dtype[Any]]] = {
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}
 _MAGIC = {dtype.itemsize: magic for magic, (_, dtype) in _DTYPES.items()}
 _OTHERS = {
     20240326: "a model of llm.c",
@@ -29,7 +32,7 @@ Ids = NDArray[np.uint16] | NDArray[np.uint32]
 
 
 def open_tokens(path: Path) -> Ids:
-    """The token ids of a file, mapped: llm.c's where it has that header, else nanoGPT's, which is bare uint16.
+    """The token ids of a file, mapped: llm.c's where it has that header, else nanoGPT's, bare uint16.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -43,7 +46,8 @@ def open_tokens(path: Path) -> Ids:
     magic, version, count = (int.from_bytes(start[i : i + 4], "little") for i in (0, 4, 8))
     if magic in _OTHERS:
         raise ValueError(f"{path}: {_OTHERS[magic]}, expected token ids")
-    offset, dtype = 0, np.dtype("<u2")
+    offset = 0
+    dtype: np.dtype[Any] = np.dtype("<u2")
     if magic in _DTYPES:
         expected_version, dtype = _DTYPES[magic]
         if version != expected_version:
@@ -56,8 +60,8 @@ def open_tokens(path: Path) -> Ids:
             )
     elif size % 2:
         raise ValueError(
-            f"{path}: {size} bytes; neither llm.c's header (magic {min(_DTYPES)}) nor nanoGPT's uint16 tokens, "
-            "which are an even number of bytes"
+            f"{path}: {size} bytes; neither llm.c's header (magic {min(_DTYPES)}) nor nanoGPT's uint16 "
+            "tokens, which are an even number of bytes"
         )
     if size == offset:
         raise ValueError(f"{path}: no tokens")
@@ -74,8 +78,8 @@ def check_ids(path: Path, ids: Ids, n_vocab: int) -> None:
         if int(part.max()) >= n_vocab:
             at = int(np.argmax(part >= n_vocab))
             raise ValueError(
-                f"{path}: token {start + at} is {part[at]}, expected below {n_vocab}, the size of the vocabulary: "
-                "made with another tokenizer, or no file of tokens"
+                f"{path}: token {start + at} is {part[at]}, expected below {n_vocab}, the size of the "
+                "vocabulary: made with another tokenizer, or no file of tokens"
             )
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,9 +123,7 @@ def _halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
     """The two tokens that a merge makes `token` of: what its bytes become by all merges before it."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        merged = [
-            ranks.get(left + right, _ANY_N_VOCAB) for left, right in zip(parts, parts[1:], strict=False)
-        ]
+        merged = [ranks.get(left + right, _ANY_N_VOCAB) for left, right in pairwise(parts)]
         at = min(range(len(merged)), key=merged.__getitem__)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]

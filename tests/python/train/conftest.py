@@ -7,13 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import stand_in
+
 from gpt2rs.train import TrainSettings
 
 stand_in.install()
 
-WORDS = "the king and queen of night shall speak no more but thou my lord art here with me to day".split()
+WORDS = (
+    "the",
+    "king",
+    "and",
+    "queen",
+    "of",
+    "night",
+    "shall",
+    "speak",
+    "no",
+    "more",
+    "but",
+    "thou",
+    "my",
+    "lord",
+)
 
 
 def prose(seed: int, n_words: int) -> str:

@@ -1,4 +1,4 @@
-"""A stand-in of `_core.Trainer` in NumPy: learns by wte and wpe alone.  For tests of all that is around the core."""
+"""A stand-in of `_core.Trainer` in NumPy, which learns by wte and wpe alone."""
 
 from __future__ import annotations
 

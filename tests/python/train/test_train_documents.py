@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,11 @@ def test_pieces_give_the_tokens_of_the_whole(
     found = read(path, characters)
     assert "".join(piece.text for piece in found) == text
     assert [piece.opens for piece in found] == [True] + [False] * (len(found) - 1)
-    # Where a piece had to end without a good place, tokens may differ: those end beside white space of another
-    # kind, or in the middle of a word.
+    # Where a piece had to end without a good place, tokens may differ: in the middle of a word, or beside
+    # other white space.
     forced = any(
         not (after.text[0] in " \n" and not before.text[-1].isspace() and not after.text[1:2].isspace())
-        for before, after in zip(found, found[1:], strict=False)
+        for before, after in pairwise(found)
     )
     if not forced:
         tokens = [token for piece in found for token in TOKENIZER.encode_ordinary(piece.text)]

@@ -63,7 +63,7 @@ def test_batching() -> None:
     assert TrainSettings(batch_size=12, tokens_per_step=2**15).batching(256) == (128, 12)
     assert TrainSettings(tokens_per_step=512).batching(256) == (2, 2)
     assert TrainSettings(batch_size=64, tokens_per_step=512).batching(256) == (2, 2)
-    with pytest.raises(ValueError, match="tokens_per_step is 500; it must be a multiple of .* 256"):
+    with pytest.raises(ValueError, match=r"tokens_per_step is 500; it must be a multiple of .* 256"):
         TrainSettings(tokens_per_step=500).batching(256)
 
 
