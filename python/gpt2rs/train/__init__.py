@@ -6,12 +6,13 @@
 `import gpt2rs` does not load any of this.
 """
 
-from .events import Callback, Evaluated, Event, Finished, Sampled, Saved, Started, Step
+from .events import Accumulated, Callback, Evaluated, Event, Finished, Sampled, Saved, Started, Step
 from .run import Diverged
 from .settings import TrainSettings
 from .trainer import Trainer
 
 __all__ = [
+    "Accumulated",
     "Callback",
     "Diverged",
     "Evaluated",

@@ -49,6 +49,25 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(leaving, ignore_errors=True)
 
 
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Hold the file `path`, made if need be; RuntimeError while another process does.
+
+    The system lets go of it when a process ends, however it does; without such locks nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is training in {path.parent}") from None
+        yield
+
+
 def link(name: Path, target: Path) -> None:
     """Make `name` a link to `target`, beside it, in one step; nothing where the system has no links."""
     beside = name.with_name(UNFINISHED + name.name)

@@ -32,6 +32,15 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Accumulated:
+    """The `step`-th step is being made: the gradients of `done` of its `sequences` are there.  Not logged."""
+
+    step: int
+    done: int
+    sequences: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One step was made, the `step`-th.
 
@@ -84,5 +93,5 @@ class Finished:
     reason: str
 
 
-Event = Started | Step | Evaluated | Sampled | Saved | Finished
+Event = Started | Accumulated | Step | Evaluated | Sampled | Saved | Finished
 Callback = Callable[[Event], object]

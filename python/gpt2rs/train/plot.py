@@ -13,7 +13,7 @@ from .log import read_log
 from .run_folder import RunFolder
 
 _SAMPLES = 5
-_COLUMNS, _LINES = 58, 6
+_COLUMNS, _LINES = 62, 8
 _SMOOTHED_OVER = 0.02
 
 
@@ -24,6 +24,7 @@ def draw(run: str | os.PathLike[str], path: str | os.PathLike[str] | None = None
     the extra `train` has, FileNotFoundError without a log.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the plot needs matplotlib: pip install 'gpt2rs[train]'") from error
@@ -50,6 +51,7 @@ def draw(run: str | os.PathLike[str], path: str | os.PathLike[str] | None = None
     left.set_xlabel("step")
     left.set_ylabel("loss, nats a token")
     left.grid(alpha=0.25)
+    left.margins(y=0.08)
     if steps or held_out:
         left.legend(frameon=False)
     if right is not None:
@@ -61,7 +63,9 @@ def draw(run: str | os.PathLike[str], path: str | os.PathLike[str] | None = None
                 0, top - 0.03, _excerpt(event), va="top", family="monospace", size=7.5, parse_math=False
             )
     target = folder.plot if path is None else Path(path)
-    figure.savefig(target)
+    # Text stays text, and the same run gives the same file.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gpt2rs"}):
+        figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
     return target
 
 

@@ -15,9 +15,9 @@ from .batches import Batches
 from .corpus import open_corpus
 from .cost import flops_per_token
 from .documents import SEPARATOR
-from .durable import sweep, write_text
+from .durable import only_one, sweep, write_text
 from .evaluation import HeldOut
-from .events import Callback, Evaluated, Event, Finished, Sampled, Saved, Started
+from .events import Accumulated, Callback, Evaluated, Event, Finished, Sampled, Saved, Started
 from .log import Log
 from .run_folder import Position, RunFolder
 from .settings_file import toml
@@ -66,10 +66,31 @@ class Run:
         self._best = before.best_val_loss if before else None
         self._seconds = before.seconds if before else 0.0
         self._saved = before.step if before else None
-        self._open_folder()
+
+    def run(self) -> None:
+        """All of it, with the folder to itself, and with Ctrl-C taken over."""
+        trainer = self._trainer
+        self._folder.path.mkdir(parents=True, exist_ok=True)
+        with only_one(self._folder.lock):
+            self._open_folder()
+            trainer.stopping = False
+            trainer.on_accumulated = self._accumulated
+            trainer.interrupts.listen()
+            reason = "failed"
+            try:
+                reason = self._to_the_end()
+            except KeyboardInterrupt:
+                # A second Ctrl-C ends what follows, too.
+                trainer.interrupts.leave()
+                trainer.core.zero_grad()
+                self._save()
+                reason = "interrupted"
+                raise
+            finally:
+                trainer.interrupts.leave()
+                self._finish(reason)
 
     def _open_folder(self) -> None:
-        self._folder.path.mkdir(parents=True, exist_ok=True)
         sweep(self._folder.path)
         write_text(self._folder.settings, toml(self._settings))
         self._log = Log(self._folder.log, step=self._trainer.n_steps)
@@ -90,7 +111,7 @@ class Run:
             )
         return prompt
 
-    def to_the_end(self) -> str:
+    def _to_the_end(self) -> str:
         """Make the steps that are left; returns why it ended."""
         trainer, settings = self._trainer, self._settings
         self._tell(self._started())
@@ -106,8 +127,8 @@ class Run:
             is_end = trainer.n_steps == settings.steps
             is_best = self._look(is_end)
             if is_best or is_end or self._is_due(settings.save_every):
-                self.save()
-        self.save()
+                self._save()
+        self._save()
         return "done" if trainer.n_steps >= settings.steps else "stopped"
 
     def _is_due(self, every: int) -> bool:
@@ -156,7 +177,7 @@ class Run:
         )
         self._tell(Sampled(self._trainer.n_steps, prompt, result.text))
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """Write a checkpoint of the present step, unless there is one.
 
         Diverged, and nothing written, where the last update left a model whose loss is no number.
@@ -173,10 +194,14 @@ class Run:
         self._saved = trainer.n_steps
         self._tell(Saved(trainer.n_steps, folder))
 
-    def finish(self, reason: str) -> None:
+    def _finish(self, reason: str) -> None:
         """Tell that it is over; where it failed, what the callbacks and the log then fail with is no news."""
         with suppress(*([Exception] if reason == "failed" else [])):
             self._tell(Finished(self._trainer.n_steps, reason))
+
+    def _accumulated(self, done: int, sequences: int) -> None:
+        for callback in self._callbacks:
+            callback(Accumulated(self._trainer.n_steps + 1, done, sequences))
 
     def _tell(self, event: Event) -> None:
         self._log(event)

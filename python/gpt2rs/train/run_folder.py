@@ -56,6 +56,7 @@ class RunFolder:
         self.path = path
         self.settings = path / "settings.toml"
         self.log = path / "log.jsonl"
+        self.lock = path / ".lock"
         self.plot = path / "loss.svg"
 
     def checkpoints(self) -> dict[int, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ class Trainer:
         self.n_sequences, self.batch_size = settings.batching(start.n_tokens)
         self.n_steps = 0 if start.position is None else start.position.step
         self.interrupts = Interrupts()
+        # Told how many of a step's sequences are done.
+        self.on_accumulated: Callable[[int, int], None] = lambda done, sequences: None
         self.stopping = False
         # To see whether the last update left a model that computes.
         self.last_batch: tuple[NDArray[np.uint32], NDArray[np.uint32]] | None = None
@@ -105,6 +107,7 @@ class Trainer:
                 loss += share * self.core.accumulate(
                     x[rows], y[rows], step=step, micro_step=micro_step, scale=share
                 )
+                self.on_accumulated(min(rows.stop, len(x)), len(x))
             if not math.isfinite(loss):
                 raise Diverged(f"the loss of step {step + 1}", loss)
         except BaseException:
@@ -145,22 +148,7 @@ class Trainer:
 
         console = Console() if callbacks is None else None
         told = [console] if console else list(callbacks or ())
-        run = Run(self, told, console.progress if console else lambda *_: None)
-        self.stopping = False
-        self.interrupts.listen()
-        reason = "failed"
-        try:
-            reason = run.to_the_end()
-        except KeyboardInterrupt:
-            # A second Ctrl-C ends what follows, too.
-            self.interrupts.leave()
-            self.core.zero_grad()
-            run.save()
-            reason = "interrupted"
-            raise
-        finally:
-            self.interrupts.leave()
-            run.finish(reason)
+        Run(self, told, console.progress if console else lambda *_: None).run()
 
 
 def _ids(name: str, value: Any) -> NDArray[np.uint32]:

@@ -19,6 +19,7 @@ import pytest
 
 import gpt2rs
 from gpt2rs.train import (
+    Accumulated,
     Diverged,
     Evaluated,
     Event,
@@ -60,6 +61,11 @@ class TestRun:
         kinds = [type(event) for event in events]
         assert (kinds[0], kinds[-1]) == (Started, Finished)
         assert kinds.count(Step) == 12
+        assert [(e.done, e.sequences) for e in events if isinstance(e, Accumulated)] == [
+            (2, 5),
+            (4, 5),
+            (5, 5),
+        ] * 12
         evaluated = [event for event in events if isinstance(event, Evaluated)]
         assert [event.step for event in evaluated] == [0, 6, 12]
         assert evaluated[0].val_loss == pytest.approx(np.log(1024), abs=0.2)
@@ -86,7 +92,9 @@ class TestRun:
         events: list[Event] = []
         Trainer(settings).fit([events.append])
         log = list(read_log(Path(settings.out) / "log.jsonl"))
-        assert [entry["event"] for entry in log] == [type(event).__name__.lower() for event in events]
+        assert [entry["event"] for entry in log] == [
+            type(event).__name__.lower() for event in events if not isinstance(event, Accumulated)
+        ]
         assert [e["loss"] for e in log if e["event"] == "step"] == [
             e.loss for e in events if isinstance(e, Step)
         ]
@@ -166,6 +174,17 @@ class TestRun:
         own = Vocabulary.named(str(Path(small["out"]) / "last")).encoding
         assert own._mergeable_ranks == gpt2_encoding._mergeable_ranks
         assert own._special_tokens == gpt2_encoding._special_tokens
+
+    def test_has_its_folder_to_itself(self, settings: TrainSettings) -> None:
+        trainer = Trainer(settings)
+
+        def start_another(event: Event) -> None:
+            if isinstance(event, Step) and event.step == 5:
+                with pytest.raises(RuntimeError, match="another process is training in"):
+                    Trainer.resume(settings.out).fit([])
+
+        trainer.fit([start_another])
+        assert trainer.n_steps == 12
 
 
 class TestStep:
