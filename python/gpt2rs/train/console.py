@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from .events import Evaluated, Event, Finished, Sampled, Saved, Started, Step
+from .events import Accumulated, Evaluated, Event, Finished, Sampled, Saved, Started, Step
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,6 +33,7 @@ class Console:
         self._live: Live | None = None
         self._started: Started | None = None
         self._steps: deque[Step] = deque(maxlen=_WINDOW)
+        self._accumulated: Accumulated | None = None
         self._evaluated: Evaluated | None = None
         self._best: Evaluated | None = None
         self._sampled: Sampled | None = None
@@ -48,8 +49,11 @@ class Console:
                 self._print(_heading(event))
                 if self._is_live:
                     self._begin_live()
+            case Accumulated():
+                self._accumulated = event
             case Step():
                 self._steps.append(event)
+                self._accumulated = None
             case Evaluated():
                 self._evaluated = event
                 self._best = event if event.best else self._best
@@ -58,7 +62,7 @@ class Console:
             case Saved():
                 self._saved = event
         if self._live is not None:
-            self._live.update(self._panel(), refresh=not isinstance(event, Step))
+            self._live.update(self._panel(), refresh=not isinstance(event, Step | Accumulated))
         elif not isinstance(event, Started):
             self._line(event)
         if isinstance(event, Finished):
@@ -130,9 +134,10 @@ class Console:
         step = self._steps[-1] if self._steps else None
         done = step.step if step else started.step
         rows = [Text(_step_text(step) if step else f"step {done}")]
-        rows.append(
-            Text(f"{self._speed()}   {self._left()} left" if step else "the first step is being made")
-        )
+        if step:
+            rows.append(Text(f"{self._speed()}   {self._left()} left"))
+        if (part := self._accumulated) is not None:
+            rows.append(Text(f"step {part.step}: {part.done} of {part.sequences} sequences"))
         if self._evaluated:
             text = f"held out, after step {self._evaluated.step}: {_val_text(self._evaluated)}"
             if self._best:

@@ -191,6 +191,7 @@ class Run:
                 raise Diverged(f"the loss after step {trainer.n_steps}", loss)
         position = Position(trainer.n_steps, self._best_step, self._best, self._data, self._seconds)
         folder = self._folder.save(trainer.core, trainer.vocabulary, position, self._settings.dropout)
+        trainer.position = position
         self._saved = trainer.n_steps
         self._tell(Saved(trainer.n_steps, folder))
 
