@@ -215,7 +215,7 @@ class _Bench:
 
     def _batch(self) -> list[_core.Session]:
         sessions = [self._core.session() for _ in range(BATCH)]
-        _core.prefill(sessions, [self._tokens(self.work.short, start=i) for i in range(BATCH)])
+        self._core.prefill(sessions, [self._tokens(self.work.short, start=i) for i in range(BATCH)])
         return sessions
 
     def _time_decode(self, sessions: list[_core.Session], n: int) -> float:
@@ -225,10 +225,10 @@ class _Bench:
             for session in sessions
         ]
         # The first token comes from the prompt's logits; each one after it takes a step.
-        _core.decode(sessions, samplers)
+        self._core.decode(sessions, samplers)
         start = time.perf_counter()
         for _ in range(n):
-            _core.decode(sessions, samplers)
+            self._core.decode(sessions, samplers)
         return time.perf_counter() - start
 
     def _time_prefill(self) -> float:

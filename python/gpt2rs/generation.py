@@ -137,7 +137,7 @@ def steps(model: _core.Model, texts: Sequence[Text]) -> Generator[None, None, No
             return
         fitting = [text for text in active if not text.full]
         sliding = [text for text in active if text.full]
-        _advance(fitting)
+        _advance(model, fitting)
         _slide(model, sliding)
         yield
 
@@ -148,18 +148,18 @@ def write(model: _core.Model, texts: Sequence[Text]) -> None:
         pass
 
 
-def _advance(texts: Sequence[Text]) -> None:
+def _advance(model: _core.Model, texts: Sequence[Text]) -> None:
     """One pass over texts that have room in the context: of each the next token, or several where tokens are
     proposed."""
     sessions = [text.session for text in texts if text.session is not None]
     samplers = [text.sampler for text in texts]
     speculators = [text.speculator for text in texts if text.speculator is not None]
     if speculators:
-        steps = _core.decode_several(sessions, samplers, speculators, [text.room for text in texts])
+        steps = model.decode_several(sessions, samplers, speculators, [text.room for text in texts])
         for text, step in zip(texts, steps, strict=True):
             text.append_several(*step)
     else:
-        for text, sample in zip(texts, _core.decode(sessions, samplers), strict=True):
+        for text, sample in zip(texts, model.decode(sessions, samplers), strict=True):
             text.append(sample)
 
 
@@ -167,7 +167,7 @@ def _slide(model: _core.Model, texts: Sequence[Text]) -> None:
     """Choose the next token of texts that fill the context: from their last `n_ctx`, computed afresh."""
     n_ctx = model.config.n_ctx
     sessions = [model.session() for _ in texts]
-    _core.prefill(sessions, [text.all_tokens[-n_ctx:] for text in texts])
+    model.prefill(sessions, [text.all_tokens[-n_ctx:] for text in texts])
     for text, session in zip(texts, sessions, strict=True):
         text.append(text.sampler.choose(session.logits, text.all_tokens))
 
@@ -193,7 +193,7 @@ class _Waiting:
         fitting = [(prompt, text) for prompt, text in starting if not text.full]
         fresh = {prompt: self._model.session() for prompt, _ in fitting if prompt not in self._prefilled}
         if fresh:
-            _core.prefill(list(fresh.values()), [list(prompt) for prompt in fresh])
+            self._model.prefill(list(fresh.values()), [list(prompt) for prompt in fresh])
             self._prefilled.update(fresh)
         for prompt, text in fitting:
             self._left[prompt] -= 1

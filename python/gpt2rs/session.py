@@ -95,9 +95,11 @@ class Session:
         new: list[int] = []
         while len(new) < n:
             if speculator is None:
-                samples = _core.decode(sessions, samplers)
+                samples = self._model.decode(sessions, samplers)
             else:
-                [(samples, _, _)] = _core.decode_several(sessions, samplers, [speculator], [n - len(new)])
+                [(samples, _, _)] = self._model.decode_several(
+                    sessions, samplers, [speculator], [n - len(new)]
+                )
             new += [sample.token for sample in samples]
             if new[-1] in eos:
                 break

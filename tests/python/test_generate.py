@@ -230,17 +230,19 @@ def test_more_prompts_than_a_batch_holds(plain: gpt2rs.GPT2) -> None:
     assert together == [plain.generate(prompt, max_new_tokens=6) for prompt in prompts]
 
 
-def test_equal_prompts_share_their_computation(plain: gpt2rs.GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_prompts_share_their_computation(plain: gpt2rs.GPT2) -> None:
     computed = []
-    prefill = gpt2rs.generation._core.prefill
 
-    def counting(sessions: Any, prompts: Any) -> None:
-        computed.extend(prompts)
-        prefill(sessions, prompts)
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(plain._core, name)
 
-    monkeypatch.setattr(gpt2rs.generation._core, "prefill", counting)
+        def prefill(self, sessions: Any, prompts: Any) -> None:
+            computed.extend(prompts)
+            plain._core.prefill(sessions, prompts)
+
     a, b = [5, 6, 7], [8]
-    answer = plain.generate(
+    answer = gpt2rs.GPT2(Counting()).generate(
         [a, b, a], max_new_tokens=4, do_sample=True, seed=[1, 2, 1], num_return_sequences=20
     )
     assert sorted(computed) == [a, b]
