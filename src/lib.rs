@@ -18,7 +18,7 @@
 //! Modules, from what imports nothing to what imports all: [`error`], [`simd`], [`pool`], [`mapped`], [`philox`] and
 //! [`config`]; [`checkpoint`] (where a file's tensors are); [`ops`] (one file an operation); [`kv_cache`]; [`packed`]
 //! (files of packed weights); [`weights`] (tensors packed for the kernels); [`parallel`] (operations cut over threads); [`model`] (GPT-2); [`sample`];
-//! [`session`] (prefill and decode); [`speculate`] (several tokens a pass).
+//! [`session`] (prefill and decode); [`speculate`] (several tokens a pass); [`train`] (gradients and AdamW).
 
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
@@ -46,4 +46,5 @@ pub mod session;
 #[allow(unsafe_code)]
 pub mod simd;
 pub mod speculate;
+pub mod train;
 pub mod weights;

@@ -79,7 +79,8 @@ impl Arena {
         }
     }
 
-    fn bytes(&self) -> &[u8] {
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
         let map: &[u8] = match &self.map {
             Map::Own(map) => map,
             Map::File(map) => map,

@@ -225,6 +225,24 @@ impl<'a> Columns<'a> {
         parts
     }
 
+    /// A part of these, as a matrix of its own whose first row and column are 0.
+    ///
+    /// # Panics
+    /// When the rows, or the columns (counted from the first of these), lie outside.
+    pub fn part(&mut self, rows: Range<usize>, columns: Range<usize>) -> Columns<'_> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows);
+        assert!(columns.start <= columns.end && columns.end <= self.columns.len());
+        let offset = rows.start * self.stride + self.columns.start + columns.start;
+        // An empty part may begin behind the data; it is never read.
+        let data = self.data.wrapping_add(offset);
+        Columns { data, stride: self.stride, rows: rows.len(), columns: 0..columns.len(), matrix: PhantomData }
+    }
+
+    /// How many rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// Which columns of the matrix these are.
     pub fn range(&self) -> Range<usize> {
         self.columns.clone()
@@ -235,7 +253,8 @@ impl<'a> Columns<'a> {
     pub fn row(&mut self, row: usize) -> &mut [f32] {
         assert!(row < self.rows);
         // SAFETY: `split` checked that every row of these columns lies inside the data, which is mutably borrowed for
-        // 'a, and that no other part has these columns; `&mut self` keeps it to one slice at a time.
+        // 'a, and that no other value has these columns; `part` narrows that while it borrows the whole. `&mut self`
+        // keeps it to one slice at a time.
         unsafe {
             let start = self.data.add(row * self.stride + self.columns.start);
             std::slice::from_raw_parts_mut(start, self.columns.len())
@@ -384,6 +403,10 @@ mod tests {
             }
         }
         assert_eq!(data[8..16], [1.0, 1.0, 1.0, 2.0, 0.0, 0.0, 3.0, 3.0]);
+        let mut columns = Columns::split(&mut data, 8, 3, [1..7]).pop().unwrap();
+        assert_eq!(columns.part(1..2, 2..6).row(0), [2.0, 0.0, 0.0, 3.0]);
+        assert!(catch_unwind(AssertUnwindSafe(|| columns.part(1..4, 0..1).range())).is_err());
+        assert!(catch_unwind(AssertUnwindSafe(|| columns.part(0..1, 3..7).range())).is_err());
         assert!(catch_unwind(|| Columns::split(&mut [0.0; 8], 8, 1, [0..5, 4..8]).len()).is_err());
         assert!(catch_unwind(|| Columns::split(&mut [0.0; 8], 8, 2, [0..4, 4..8]).len()).is_err());
     }

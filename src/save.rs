@@ -1,9 +1,11 @@
 //! Weights -> a safetensors file that Hugging Face transformers loads, or a packed one.
 
+use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::packed::{self, Data};
 use crate::weights::{Dtype, Linear, Matrix, Norm, Weights};
+use half::bf16;
 use safetensors::tensor::{View, serialize_to_file};
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -76,6 +78,28 @@ pub fn save(config: &Config, weights: &Weights, path: &Path) -> Result<()> {
             other => std::io::Error::other(other),
         },
     })
+}
+
+/// All weights under their names as tensors in memory, in float32.
+///
+/// # Errors
+/// [`Error::SaveQuantised`].
+pub fn to_checkpoint(config: &Config, weights: &Weights) -> Result<Checkpoint> {
+    let dtype = weights.wte.dtype();
+    if dtype.is_integer() {
+        return Err(Error::SaveQuantised { dtype: dtype.name() });
+    }
+    let mut checkpoint = Checkpoint::new();
+    for (name, tensor) in tensors(config, weights) {
+        let bytes = tensor.data();
+        let values = if View::dtype(&tensor) == safetensors::Dtype::BF16 {
+            bytes.as_chunks::<2>().0.iter().map(|&value| bf16::from_le_bytes(value).to_f32()).collect()
+        } else {
+            bytes.as_chunks::<4>().0.iter().map(|&value| f32::from_le_bytes(value)).collect()
+        };
+        checkpoint.add_array(&name, values, &tensor.shape, false)?;
+    }
+    Ok(checkpoint)
 }
 
 /// Writes all weights as they are held, into a file that is opened without packing.

@@ -15,7 +15,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("philox", &[]),
     ("config", &[]),
     ("checkpoint", &[]),
-    ("ops", &["simd", "pool", "config"]),
+    ("ops", &["simd", "pool", "mapped", "philox", "config"]),
     ("kv_cache", &["mapped", "config", "ops"]),
     ("packed", &["mapped", "config", "checkpoint", "ops"]),
     ("weights", &["simd", "pool", "mapped", "philox", "config", "checkpoint", "ops", "packed"]),
@@ -25,6 +25,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("sample", &["simd", "philox", "ops"]),
     ("session", &["simd", "kv_cache", "model", "sample"]),
     ("speculate", &["simd", "model", "sample", "session"]),
+    ("train", &["simd", "pool", "mapped", "config", "checkpoint", "ops", "weights"]),
     ("probe", &["simd", "pool", "mapped"]),
 ];
 

@@ -7,9 +7,11 @@ use gpt2rs::model::{Model, Options};
 use gpt2rs::session;
 use gpt2rs::simd::Isa;
 use gpt2rs::weights::{Dtype, Origin};
-use std::fs::{self, File};
-use std::io::Read;
+use npz::Array;
+use std::fs;
 use std::path::{Path, PathBuf};
+
+mod npz;
 
 /// Cases that are safetensors files with Hugging Face's names.
 const CASES: [&str; 9] = [
@@ -23,41 +25,6 @@ const CASES: [&str; 9] = [
     "no_blocks",
     "one_wide_head",
 ];
-
-/// An array of an `.npz` file, C-contiguous.
-struct Array<T> {
-    shape: Vec<usize>,
-    values: Vec<T>,
-}
-
-impl<T: bytemuck::AnyBitPattern> Array<T> {
-    /// Reads one array. NumPy's format 1.0 (numpy.lib.format): magic, version, the header's length and the header, a
-    /// Python dictionary that says type, order and shape; then the elements.
-    fn read(npz: &Path, name: &str, descr: &str) -> Array<T> {
-        let mut archive = zip::ZipArchive::new(File::open(npz).unwrap()).unwrap();
-        let mut bytes = Vec::new();
-        archive.by_name(&format!("{name}.npy")).unwrap().read_to_end(&mut bytes).unwrap();
-        assert_eq!(bytes[..8], *b"\x93NUMPY\x01\x00", "{name} in {}", npz.display());
-        let header_len = usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
-        let (header, elements) = bytes[10..].split_at(header_len);
-        let header = str::from_utf8(header).unwrap();
-        assert!(header.contains(&format!("'descr': '{descr}'")), "{name}: {header}");
-        assert!(header.contains("'fortran_order': False"), "{name}: {header}");
-        let shape = header.split_once("'shape': (").unwrap().1.split_once(')').unwrap().0;
-        let shape: Vec<usize> =
-            shape.split(',').map(str::trim).filter(|n| !n.is_empty()).map(|n| n.parse().unwrap()).collect();
-        let values: Vec<T> =
-            elements.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect();
-        assert_eq!(values.len(), shape.iter().product::<usize>(), "{name}");
-        Array { shape, values }
-    }
-
-    /// The values of sequence `i`, dimension 0.
-    fn of_sequence(&self, i: usize) -> &[T] {
-        let len = self.values.len() / self.shape[0];
-        &self.values[i * len..(i + 1) * len]
-    }
-}
 
 struct Case {
     name: &'static str,

@@ -14,6 +14,7 @@ __all__ = [
     "Sampler",
     "Session",
     "Speculator",
+    "Trainer",
     "__version__",
     "probe_bandwidth",
     "probe_dot_bf16",
@@ -147,6 +148,75 @@ class Session:
     def prefill(self, tokens: Sequence[int]) -> None: ...
     def fork(self) -> Session: ...
     def truncate(self, n: int) -> None: ...
+
+@final
+class Trainer:
+    """Weights, gradients and AdamW's moments, float32, and the memory plan of one micro-batch.
+
+    Dropout masks are a function of (seed, step, micro_step, place), so losses, gradients and weights are the same
+    bits whatever the number of threads, the instruction set, or `recompute`.
+    """
+
+    @staticmethod
+    def random(
+        config: Config,
+        *,
+        batch_size: int,
+        n_tokens: int,
+        seed: int,
+        dropout: float = 0.0,
+        precision: str = "float32",
+        recompute: bool = False,
+        n_threads: int | None = None,
+        bias: str = "all",
+    ) -> Trainer: ...
+    @staticmethod
+    def load(
+        config: Config,
+        checkpoint: Checkpoint,
+        *,
+        batch_size: int,
+        n_tokens: int,
+        seed: int,
+        dropout: float = 0.0,
+        precision: str = "float32",
+        recompute: bool = False,
+        n_threads: int | None = None,
+    ) -> Trainer: ...
+    @staticmethod
+    def of_model(model: Model, *, batch_size: int, n_tokens: int, recompute: bool = False) -> Trainer: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def n_threads(self) -> int: ...
+    @property
+    def memory_plan(self) -> list[tuple[str, int]]: ...
+    def accumulate(
+        self,
+        inputs: NDArray[np.uint32],
+        targets: NDArray[np.uint32],
+        *,
+        step: int,
+        micro_step: int,
+        scale: float,
+    ) -> float: ...
+    def loss(self, inputs: NDArray[np.uint32], targets: NDArray[np.uint32]) -> float: ...
+    def update(
+        self,
+        *,
+        lr: float,
+        step: int,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        max_norm: float | None = 1.0,
+    ) -> float: ...
+    def zero_grad(self) -> None: ...
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> list[int]: ...
+    def tensor(self, kind: str, name: str) -> NDArray[np.float32]: ...
+    def set_tensor(self, kind: str, name: str, array: NDArray[np.float32]) -> None: ...
+    def model(self, dtype: str = "float32") -> Model: ...
 
 @final
 class Sampler:

@@ -1,5 +1,7 @@
 //! The activation functions of the family. Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415.
 
+pub mod backward;
+
 use super::softmax::exp_lanes;
 use crate::config::Activation;
 use crate::simd::{LANES, Simd};
@@ -37,6 +39,13 @@ fn x_over_one_plus_exp<S: Simd>(simd: S, x: S::F32, exponent: S::F32) -> S::F32 
 /// polynomial of degree 7 fitted to a relative error of 1.5e-7 on |x| <= 14.5.
 #[inline(always)]
 fn gelu<S: Simd>(simd: S, x: S::F32) -> S::F32 {
+    let bell = exp_lanes(simd, simd.mul(simd.mul(x, x), simd.splat(-0.5)));
+    simd.mul(x, normal_cdf(simd, x, bell))
+}
+
+/// Phi(x), given `exp(-x^2/2)`.
+#[inline(always)]
+fn normal_cdf<S: Simd>(simd: S, x: S::F32, bell: S::F32) -> S::F32 {
     const Q: [f32; 8] = [
         9.251_665e-2,
         9.049_933e-2,
@@ -55,9 +64,8 @@ fn gelu<S: Simd>(simd: S, x: S::F32) -> S::F32 {
     for &coefficient in Q[..7].iter().rev() {
         q = simd.fma(q, t, simd.splat(coefficient));
     }
-    let tail = simd.mul(simd.mul(t, q), exp_lanes(simd, simd.mul(simd.mul(x, x), simd.splat(-0.5))));
-    let phi = simd.select_less(x, zero, tail, simd.sub(one, tail));
-    simd.mul(x, phi)
+    let tail = simd.mul(simd.mul(t, q), bell);
+    simd.select_less(x, zero, tail, simd.sub(one, tail))
 }
 
 /// The activation of every value, in place.

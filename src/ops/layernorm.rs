@@ -1,5 +1,7 @@
 //! LayerNorm. Ba, Kiros and Hinton, arXiv:1607.06450.
 
+pub mod backward;
+
 use super::Rows;
 use crate::simd::{Kernel, LANES, Simd, load_partial, store_partial};
 
@@ -35,6 +37,20 @@ impl Kernel for LayerNorm<'_> {
 
 #[inline(always)]
 fn row<S: Simd>(simd: S, x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let [mean, inverse] = moments(simd, x, eps);
+    let (means, inverse) = (simd.splat(mean), simd.splat(inverse));
+    for (((out, x), weight), bias) in
+        out.chunks_mut(LANES).zip(x.chunks(LANES)).zip(weight.chunks(LANES)).zip(bias.chunks(LANES))
+    {
+        let normed = simd.mul(simd.sub(load_partial(simd, x), means), inverse);
+        let value = simd.fma(normed, load_partial(simd, weight), load_partial(simd, bias));
+        store_partial(simd, value, out);
+    }
+}
+
+/// The mean, and `1 / sqrt(variance + eps)`.
+#[inline(always)]
+fn moments<S: Simd>(simd: S, x: &[f32], eps: f32) -> [f32; 2] {
     let scale = 1.0 / x.len() as f32;
     let mut sum = simd.splat(0.0);
     for lanes in x.chunks(LANES) {
@@ -55,12 +71,5 @@ fn row<S: Simd>(simd: S, x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out:
         squares = simd.fma(difference, difference, squares);
     }
     let variance = simd.reduce_add(squares) * scale;
-    let inverse = simd.splat(1.0 / (variance + eps).sqrt());
-    for (((out, x), weight), bias) in
-        out.chunks_mut(LANES).zip(x.chunks(LANES)).zip(weight.chunks(LANES)).zip(bias.chunks(LANES))
-    {
-        let normed = simd.mul(simd.sub(load_partial(simd, x), means), inverse);
-        let value = simd.fma(normed, load_partial(simd, weight), load_partial(simd, bias));
-        store_partial(simd, value, out);
-    }
+    [mean, 1.0 / (variance + eps).sqrt()]
 }

@@ -59,6 +59,8 @@ pub trait Product: Format {
 pub enum Then<'a> {
     /// Nothing: the output is stored.
     Store,
+    /// The same, but the chains went on from what the output held, not from zero; of float formats alone.
+    Continue,
     /// An activation function.
     Activate(Activation),
     /// It is added to these columns of the residual stream instead, in place.
@@ -94,6 +96,8 @@ pub struct Part {
     panel: usize,
     rows: Range<usize>,
     groups: Range<usize>,
+    /// Whether its chains begin here.
+    fresh: bool,
 }
 
 impl<F: Product> Kernel for MatMul<'_, F> {
@@ -115,6 +119,7 @@ impl<F: Product> Kernel for MatMul<'_, F> {
         let panels = columns.start / NR..columns.end.div_ceil(NR);
         for first in (0..all).step_by(length) {
             let groups = first..(first + length).min(all);
+            let fresh = first == 0 && !matches!(self.then, Then::Continue);
             let mut bytes = groups.start * F::GROUP_BYTES..groups.end * F::GROUP_BYTES;
             if groups.end == all {
                 bytes.end += F::PANEL_BYTES;
@@ -122,7 +127,7 @@ impl<F: Product> Kernel for MatMul<'_, F> {
             for panel in panels.clone() {
                 let piece = &self.w.panel(panel)[bytes.clone()];
                 if tiles == 1 {
-                    let part = Part { panel, rows: 0..self.rows, groups: groups.clone() };
+                    let part = Part { panel, rows: 0..self.rows, groups: groups.clone(), fresh };
                     let address = piece.as_ptr().wrapping_add(AHEAD_BYTES);
                     let ahead = Ahead { address, lines: usize::MAX, gap: 0 };
                     self.tile::<S, true>(simd, part, piece, ahead, &mut sums);
@@ -144,7 +149,7 @@ impl<F: Product> Kernel for MatMul<'_, F> {
                         // Negative where rows are closer than whole lines; addresses wrap.
                         Ahead { address, lines, gap: stride.wrapping_sub(lines * LINE) }
                     };
-                    let part = Part { panel, rows, groups: groups.clone() };
+                    let part = Part { panel, rows, groups: groups.clone(), fresh };
                     self.tile::<S, false>(simd, part, piece, ahead, &mut sums);
                 }
             }
@@ -179,7 +184,7 @@ impl<F: Product> MatMul<'_, F> {
             simd.prefetch(out[columns.start..].as_ptr());
             simd.prefetch(out[columns.end - 1..].as_ptr());
         }
-        if part.groups.start > 0 {
+        if !part.fresh {
             for (sums, row) in sums.iter_mut().zip(part.rows.clone()) {
                 let out = &self.out.row(row)[columns.clone()];
                 match out.first_chunk() {
@@ -212,7 +217,7 @@ impl<F: Product> MatMul<'_, F> {
             }
         }
         let (activation, adds) = match self.then {
-            Then::Store => (None, false),
+            Then::Store | Then::Continue => (None, false),
             Then::Activate(activation) => (Some(activation), false),
             Then::AddTo(_) => (None, true),
         };

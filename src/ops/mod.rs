@@ -1,9 +1,14 @@
 //! GPT-2's operations, one file each. All sums of float32 follow one order, whatever the instruction set, the number of
 //! threads or the shape of the batch: see `docs/design.md`, "One answer".
 
+pub mod adamw;
 pub mod attention;
+pub mod cross_entropy;
+pub mod dropout;
 pub mod embed;
+pub mod flash_attention;
 pub mod gelu;
+pub mod gemm;
 pub mod layernorm;
 pub mod matmul;
 pub mod pairs;
@@ -60,6 +65,17 @@ impl<'a, T> Rows<'a, T> {
     /// The same columns, from row `start` on.
     pub fn rows_from(&self, start: usize) -> Rows<'a, T> {
         Rows { data: &self.data[(start * self.stride).min(self.data.len())..], ..*self }
+    }
+}
+
+impl<'a> Rows<'a> {
+    /// The values two by two; an odd last one with what lies behind it, for which the stride must leave room.
+    ///
+    /// # Panics
+    /// When the stride is odd.
+    pub fn pairs(&self) -> Rows<'a, [f32; 2]> {
+        assert!(self.stride.is_multiple_of(2));
+        Rows { data: self.data.as_chunks().0, stride: self.stride / 2, columns: self.columns.div_ceil(2) }
     }
 }
 

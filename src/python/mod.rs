@@ -7,6 +7,7 @@ mod probe;
 mod sampler;
 mod session;
 mod speculator;
+mod train;
 
 use crate::error::{Error, Result};
 use crate::session::Proceed;
@@ -68,6 +69,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<model::Model>()?;
     module.add_class::<session::Session>()?;
     module.add_class::<speculator::Speculator>()?;
+    module.add_class::<train::Trainer>()?;
     module.add_class::<sampler::Sampler>()?;
     module.add_class::<sampler::PySample>()?;
     module.add_function(wrap_pyfunction!(probe::probe_bandwidth, module)?)?;

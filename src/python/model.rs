@@ -24,6 +24,9 @@ thread_local! {
     static SCRATCH: RefCell<DecodeScratch> = RefCell::default();
 }
 
+/// Most threads that may be asked for.
+pub(super) const MAX_THREADS: usize = 1024;
+
 /// Packed weights, and the threads that compute with them.
 #[pyclass(frozen, module = "gpt2rs._core")]
 pub(super) struct Model(pub(super) Arc<model::Model>);
@@ -38,7 +41,6 @@ impl Model {
         precision: &str,
         n_threads: Option<usize>,
     ) -> PyResult<Model> {
-        const MAX_THREADS: usize = 1024;
         if n_threads.is_some_and(|n| !(1..=MAX_THREADS).contains(&n)) {
             let found = n_threads.unwrap_or_default();
             return Err(PyValueError::new_err(format!(

@@ -61,6 +61,10 @@ pub trait Simd: Copy {
     fn div(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// `a * b + c`, rounded once.
     fn fma(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// The square root, rounded once.
+    fn sqrt(self, value: Self::F32) -> Self::F32;
+    /// Sixteen rows as their columns: lane j of row i becomes lane i of row j.
+    fn transpose(self, rows: [Self::F32; LANES]) -> [Self::F32; LANES];
     /// `if a > b { a } else { b }`: of two NaNs or zeros, `b`.
     fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// `if a < b { then } else { otherwise }`, lane by lane.
@@ -98,6 +102,8 @@ pub trait Simd: Copy {
     fn round_to_i8(self, value: Self::F32, out: &mut [i8; LANES]);
     /// To the nearest integers, ties to even; they must fit.
     fn round_to_i16(self, value: Self::F32, out: &mut [i16; LANES]);
+    /// To the nearest bfloat16, ties to even, two a lane as [`Simd::load_pairs`] takes them; NaN stays NaN.
+    fn round_to_pairs(self, first: Self::F32, second: Self::F32, out: &mut [[bf16; 2]; LANES]);
     /// To the nearest bfloat16, ties to even; NaN stays NaN.
     fn round_to_bf16(self, value: Self::F32, out: &mut [bf16; LANES]);
     /// Asks for the cache line at `address` into the first-level cache; any address may be given.

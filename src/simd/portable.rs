@@ -101,6 +101,20 @@ impl Simd for Portable {
         out
     }
     #[inline(always)]
+    fn sqrt(self, value: [f32; LANES]) -> [f32; LANES] {
+        value.map(f32::sqrt)
+    }
+    #[inline(always)]
+    fn transpose(self, rows: [[f32; LANES]; LANES]) -> [[f32; LANES]; LANES] {
+        let mut columns = [[0.0; LANES]; LANES];
+        for i in 0..LANES {
+            for j in 0..LANES {
+                columns[j][i] = rows[i][j];
+            }
+        }
+        columns
+    }
+    #[inline(always)]
     fn max(self, a: Self::F32, b: Self::F32) -> Self::F32 {
         zip(a, b, |a, b| if a > b { a } else { b })
     }
@@ -194,6 +208,12 @@ impl Simd for Portable {
     #[inline(always)]
     fn round_to_i16(self, value: Self::F32, out: &mut [i16; LANES]) {
         *out = value.map(|value| rounded(value) as i16);
+    }
+    #[inline(always)]
+    fn round_to_pairs(self, first: [f32; LANES], second: [f32; LANES], out: &mut [[bf16; 2]; LANES]) {
+        for i in 0..LANES {
+            out[i] = [bf16::from_f32(second[i]), bf16::from_f32(first[i])];
+        }
     }
     #[inline(always)]
     fn round_to_bf16(self, value: Self::F32, out: &mut [bf16; LANES]) {

@@ -26,7 +26,7 @@ pub enum Values<'a> {
 
 impl Values<'_> {
     /// Reads rows as they are stored.
-    fn read(&self, rows: Range<usize>, row_len: usize, out: &mut [f32]) -> Result<()> {
+    pub fn read(&self, rows: Range<usize>, row_len: usize, out: &mut [f32]) -> Result<()> {
         match self {
             Values::Tensor(tensor) => tensor.read_rows(rows, out)?,
             Values::Normal(normal) => normal.fill((rows.start * row_len) as u64, out),

@@ -11,10 +11,14 @@ use gpt2rs::ops::panels::{Format, NR, Panels};
 use gpt2rs::simd::Isa;
 
 mod attention;
+mod backward;
+mod dropout;
 mod embed;
+mod flash_attention;
 #[cfg(target_arch = "x86_64")]
 mod floating_point_mode;
 mod gelu;
+mod gemm;
 mod instruction_sets;
 mod layernorm;
 mod matmul;

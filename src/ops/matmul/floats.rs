@@ -46,7 +46,7 @@ impl<P: Floats> Product for P {
         ahead: Ahead,
         sums: &mut Tile,
     ) {
-        let fresh = part.groups.start == 0;
+        let fresh = part.fresh;
         let piece: &[[P::Step; NR / LANES]] = bytemuck::cast_slice(piece);
         macro_rules! add {
             ($rows:literal, $register:literal, $registers:literal) => {{

@@ -97,6 +97,27 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
     #[inline(always)]
+    fn sqrt(self, value: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_sqrt_ps(value[0]), _mm256_sqrt_ps(value[1])] }
+    }
+    #[inline(always)]
+    fn transpose(self, rows: [Self::F32; LANES]) -> [Self::F32; LANES] {
+        let mut columns = rows;
+        for (half, other) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let mut block = [rows[0][0]; 8];
+            for i in 0..8 {
+                block[i] = rows[8 * half + i][other];
+            }
+            // SAFETY: `self` proves AVX.
+            let block = unsafe { transpose_eight(block) };
+            for i in 0..8 {
+                columns[8 * other + i][half] = block[i];
+            }
+        }
+        columns
+    }
+    #[inline(always)]
     fn max(self, a: Self::F32, b: Self::F32) -> Self::F32 {
         // SAFETY: `self` proves AVX. maxps gives its second operand unless the first is greater.
         unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
@@ -268,6 +289,15 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         }
     }
     #[inline(always)]
+    fn round_to_pairs(self, first: Self::F32, second: Self::F32, out: &mut [[bf16; 2]; LANES]) {
+        let mut rounded = [[bf16::ZERO; LANES]; 2];
+        self.round_to_bf16(first, &mut rounded[0]);
+        self.round_to_bf16(second, &mut rounded[1]);
+        for i in 0..LANES {
+            out[i] = [rounded[1][i], rounded[0][i]];
+        }
+    }
+    #[inline(always)]
     fn round_to_bf16(self, value: Self::F32, out: &mut [bf16; LANES]) {
         let mut lanes = [0.0; LANES];
         self.store(value, &mut lanes);
@@ -285,4 +315,32 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         // SAFETY: a prefetch never faults, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
     }
+}
+
+/// Eight rows of eight as their columns.
+///
+/// # Safety
+/// The machine must have AVX.
+#[inline(always)]
+unsafe fn transpose_eight(rows: [__m256; 8]) -> [__m256; 8] {
+    let mut fours = rows;
+    let mut columns = rows;
+    // SAFETY: the caller's promise.
+    unsafe {
+        // Half h of `fours[4 i + c]` is column 4 h + c of rows 4 i to 4 i + 3.
+        for i in 0..2 {
+            let [a, b, c, d] = [rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]];
+            let (ab, cd) = (_mm256_castps_pd(_mm256_unpacklo_ps(a, b)), _mm256_castps_pd(_mm256_unpacklo_ps(c, d)));
+            fours[4 * i] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
+            fours[4 * i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+            let (ab, cd) = (_mm256_castps_pd(_mm256_unpackhi_ps(a, b)), _mm256_castps_pd(_mm256_unpackhi_ps(c, d)));
+            fours[4 * i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
+            fours[4 * i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+        }
+        for c in 0..4 {
+            columns[c] = _mm256_permute2f128_ps::<0x20>(fours[c], fours[4 + c]);
+            columns[4 + c] = _mm256_permute2f128_ps::<0x31>(fours[c], fours[4 + c]);
+        }
+    }
+    columns
 }

@@ -92,6 +92,39 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
+    fn sqrt(self, value: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_sqrt_ps(value) }
+    }
+    #[inline(always)]
+    fn transpose(self, rows: [Self::F32; LANES]) -> [Self::F32; LANES] {
+        let mut fours = rows;
+        let mut columns = rows;
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe {
+            // Quarter q of `fours[4 i + c]` is column 4 q + c of rows 4 i to 4 i + 3.
+            for i in 0..4 {
+                let [a, b, c, d] = [rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]];
+                let (ab, cd) = (_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpacklo_ps(c, d)));
+                fours[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+                fours[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+                let (ab, cd) = (_mm512_castps_pd(_mm512_unpackhi_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d)));
+                fours[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+                fours[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+            }
+            for c in 0..4 {
+                let [r0, r4, r8, r12] = [fours[c], fours[4 + c], fours[8 + c], fours[12 + c]];
+                let (even, odd) = (_mm512_shuffle_f32x4::<0x88>(r0, r4), _mm512_shuffle_f32x4::<0xdd>(r0, r4));
+                let (even_8, odd_8) = (_mm512_shuffle_f32x4::<0x88>(r8, r12), _mm512_shuffle_f32x4::<0xdd>(r8, r12));
+                columns[c] = _mm512_shuffle_f32x4::<0x88>(even, even_8);
+                columns[4 + c] = _mm512_shuffle_f32x4::<0x88>(odd, odd_8);
+                columns[8 + c] = _mm512_shuffle_f32x4::<0xdd>(even, even_8);
+                columns[12 + c] = _mm512_shuffle_f32x4::<0xdd>(odd, odd_8);
+            }
+        }
+        columns
+    }
+    #[inline(always)]
     fn max(self, a: Self::F32, b: Self::F32) -> Self::F32 {
         // SAFETY: `self` proves AVX-512 F. maxps gives its second operand unless the first is greater.
         unsafe { _mm512_max_ps(a, b) }
@@ -224,16 +257,19 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         }
     }
     #[inline(always)]
-    fn round_to_bf16(self, value: Self::F32, out: &mut [bf16; LANES]) {
-        // SAFETY: `self` proves AVX-512 F; the store is the sixteen lanes. To nearest even by adding just less than half
-        // of the last place kept, or half where that place is odd; a NaN keeps its upper half, made quiet.
+    fn round_to_pairs(self, first: Self::F32, second: Self::F32, out: &mut [[bf16; 2]; LANES]) {
+        // SAFETY: `self` proves AVX-512 F; the store is the sixteen pairs.
         unsafe {
-            let bits = _mm512_castps_si512(value);
-            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
-            let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x40_0000));
-            let packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
+            let upper = _mm512_and_si512(nearest_bf16(first), _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            let lower = _mm512_srli_epi32::<16>(nearest_bf16(second));
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_or_si512(upper, lower));
+        }
+    }
+    #[inline(always)]
+    fn round_to_bf16(self, value: Self::F32, out: &mut [bf16; LANES]) {
+        // SAFETY: `self` proves AVX-512 F; the store is the sixteen lanes.
+        unsafe {
+            let packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(nearest_bf16(value)));
             _mm256_storeu_si256(out.as_mut_ptr().cast(), packed);
         }
     }
@@ -246,5 +282,22 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
     fn prefetch_l2<T>(self, address: *const T) {
         // SAFETY: a prefetch never faults, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+    }
+}
+
+/// The nearest bfloat16 in the upper halves, ties to even: by adding just less than half of the last place kept, or half
+/// where that place is odd. A NaN keeps its upper half, made quiet. The lower halves are anything.
+///
+/// # Safety
+/// The machine must have AVX-512 F.
+#[inline(always)]
+unsafe fn nearest_bf16(value: __m512) -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bits = _mm512_castps_si512(value);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x40_0000))
     }
 }

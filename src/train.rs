@@ -1,0 +1,506 @@
+//! Training GPT-2: the loss of a micro-batch and its gradients, and AdamW.
+//!
+//! [`Trainer::accumulate`] is a forward and a backward pass, [`Trainer::update`] the optimiser's step. The forward pass is
+//! [`crate::model`]'s with dropout; it keeps of each block what the backward pass needs, or, with
+//! [`Options::recompute`], its input alone. Loss, gradients and weights are the same bits whatever the threads, the
+//! instruction set, or whether blocks are computed again.
+
+mod memory;
+mod parameters;
+mod workers;
+
+use crate::checkpoint::Checkpoint;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::ops::adamw::Rule;
+use crate::ops::dropout::{Dropout, Place};
+use crate::pool::{PerProcess, default_threads};
+use crate::simd::{Isa, in_default_mode};
+use crate::weights::{Origin, Tensors};
+use memory::{Activations, Buffer, Floats, Room, Saved, Size};
+use parameters::{Block, Parameters};
+use workers::{Attention, HeadBackward, Learned, Workers};
+
+pub use crate::ops::gemm::Precision;
+pub use parameters::{Biases, Tensor};
+
+/// How a model is trained.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// B: most sequences of a micro-batch.
+    pub batch_size: usize,
+    /// T: most tokens of a sequence.
+    pub n_tokens: usize,
+    /// Key of the dropout masks.
+    pub seed: u64,
+    /// Probability that a value is dropped: of embeddings, attention weights, and what blocks add to the residual stream.
+    pub dropout: f32,
+    /// How exactly factors of products are taken.
+    pub precision: Precision,
+    /// Whether blocks are computed again in the backward pass, not kept.
+    pub recompute: bool,
+    /// Which biases there are beside random weights; a checkpoint says itself.
+    pub biases: Biases,
+    /// Threads; `None` chooses.
+    pub n_threads: Option<usize>,
+    /// Instruction set; `None` takes `GPT2RS_ISA` or the fastest.
+    pub isa: Option<Isa>,
+}
+
+impl Options {
+    /// float32, without dropout, on all cores that help.
+    pub fn new(batch_size: usize, n_tokens: usize) -> Options {
+        Options {
+            batch_size,
+            n_tokens,
+            seed: 0,
+            dropout: 0.0,
+            precision: Precision::Float32,
+            recompute: false,
+            biases: Biases::All,
+            n_threads: None,
+            isa: None,
+        }
+    }
+}
+
+/// (B, T) token ids, row-major, and what should follow each.
+#[derive(Clone, Copy)]
+pub struct Batch<'a> {
+    /// What the model sees.
+    pub inputs: &'a [u32],
+    /// What it should say.
+    pub targets: &'a [u32],
+    /// T.
+    pub n_tokens: usize,
+}
+
+/// Which pass it is, for the dropout masks, and what its gradients are multiplied by.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass {
+    /// The optimiser's step.
+    pub step: u32,
+    /// The micro-batch within the step.
+    pub micro_step: u32,
+    /// Multiplies the gradients: 1 over the number of micro-batches.
+    pub scale: f32,
+}
+
+/// A step of AdamW.
+#[derive(Clone, Copy, Debug)]
+pub struct Update {
+    /// Learning rate.
+    pub lr: f64,
+    /// Counted from 1.
+    pub step: u32,
+    /// Decay of both moments.
+    pub betas: (f64, f64),
+    /// Added to the square root of the second moment.
+    pub eps: f64,
+    /// Of matrices and embeddings.
+    pub weight_decay: f64,
+    /// Gradients whose norm is above are scaled down to it; `None` leaves them.
+    pub max_norm: Option<f64>,
+}
+
+/// The arrays of a run that each parameter has a value in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// What is trained.
+    Weight,
+    /// Gradients accumulated since the last update.
+    Gradient,
+    /// AdamW's first moments.
+    ExpAvg,
+    /// AdamW's second moments.
+    ExpAvgSq,
+}
+
+/// Weights, gradients, AdamW's moments, and the memory of one micro-batch's activations.
+pub struct Trainer {
+    config: Config,
+    options: Options,
+    size: Size,
+    parameters: Parameters,
+    weights: Floats,
+    gradients: Floats,
+    exp_avg: Floats,
+    exp_avg_sq: Floats,
+    activations: Floats,
+    workers: PerProcess<Workers>,
+    n_threads: usize,
+}
+
+impl Trainer {
+    /// Plans and takes all memory, and reads the weights.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for options out of range; what reading a checkpoint says; no memory or threads.
+    pub fn new(config: Config, origin: &Origin<'_>, options: Options) -> Result<Trainer> {
+        check_options(&config, &options)?;
+        let Options { batch_size, n_tokens, precision, recompute, .. } = options;
+        let isa = options.isa.map_or_else(Isa::from_env, Ok)?;
+        let tensors = Tensors::new(&config, origin)?;
+        let parameters = Parameters::new(&config, &tensors, options.biases);
+        let mut weights = Floats::new(parameters.len)?;
+        in_default_mode(|| parameters.read(&tensors, weights.get_mut()))?;
+        let size = Size { batch_size, n_tokens, recompute };
+        let n_threads = options.n_threads.unwrap_or_else(|| default_threads(parameters.len * size_of::<f32>()));
+        let workers = Workers::new(isa, precision, n_threads, size, &config)?;
+        let for_children = config.clone();
+        let workers = PerProcess::new(workers, move || {
+            // A child that gets no threads computes alone, to the same bits.
+            let workers = |n| Workers::new(isa, precision, n, size, &for_children);
+            workers(n_threads).or_else(|_| workers(1)).expect("one thread starts none")
+        });
+        Ok(Trainer {
+            weights,
+            gradients: Floats::new(parameters.len)?,
+            exp_avg: Floats::new(parameters.len)?,
+            exp_avg_sq: Floats::new(parameters.len)?,
+            activations: Floats::new(size.activations(&config))?,
+            config,
+            options,
+            size,
+            parameters,
+            workers,
+            n_threads,
+        })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Threads that compute.
+    pub fn n_threads(&self) -> usize {
+        self.n_threads
+    }
+
+    /// All that is allocated: (what, bytes).
+    pub fn memory_plan(&self) -> Vec<(&'static str, usize)> {
+        self.size.plan(&self.config, self.parameters.len, self.n_threads)
+    }
+
+    /// What is trained, in the order of the computation.
+    pub fn tensors(&self) -> &[Tensor] {
+        &self.parameters.tensors
+    }
+
+    /// The values of all tensors, each at its [`Tensor::place`].
+    pub fn values(&self, kind: Kind) -> &[f32] {
+        match kind {
+            Kind::Weight => self.weights.get(),
+            Kind::Gradient => self.gradients.get(),
+            Kind::ExpAvg => self.exp_avg.get(),
+            Kind::ExpAvgSq => self.exp_avg_sq.get(),
+        }
+    }
+
+    /// The same, to be changed.
+    pub fn values_mut(&mut self, kind: Kind) -> &mut [f32] {
+        match kind {
+            Kind::Weight => self.weights.get_mut(),
+            Kind::Gradient => self.gradients.get_mut(),
+            Kind::ExpAvg => self.exp_avg.get_mut(),
+            Kind::ExpAvgSq => self.exp_avg_sq.get_mut(),
+        }
+    }
+
+    /// The weights as a checkpoint, copied.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::add_array`].
+    pub fn to_checkpoint(&self) -> Result<Checkpoint> {
+        let mut checkpoint = Checkpoint::new();
+        for Tensor { name, shape, place, .. } in self.tensors() {
+            checkpoint.add_array(name, self.weights.get()[place.clone()].to_vec(), shape, false)?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// Forgets the accumulated gradients.
+    pub fn zero_grad(&mut self) {
+        self.gradients.get_mut().fill(0.0);
+    }
+
+    /// The mean cross-entropy of the targets, in nats a token; `scale` times its gradients are added to what was
+    /// accumulated before.
+    ///
+    /// `proceed` is asked before each block; when it says no, gradients are undefined until [`Trainer::zero_grad`].
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a batch of another size than planned, [`Error::TokenOutOfRange`], [`Error::Cancelled`].
+    pub fn accumulate(&mut self, batch: Batch<'_>, pass: Pass, proceed: &dyn Fn() -> bool) -> Result<f64> {
+        self.check_batch(batch)?;
+        let Options { seed, dropout: rate, .. } = self.options;
+        let dropout = Dropout { seed, step: pass.step, micro_step: pass.micro_step, rate };
+        self.compute(batch, dropout, Some(pass.scale), proceed)
+    }
+
+    /// The mean cross-entropy of the targets, in nats a token, without dropout.
+    ///
+    /// # Errors
+    /// As [`Trainer::accumulate`].
+    pub fn loss(&mut self, batch: Batch<'_>, proceed: &dyn Fn() -> bool) -> Result<f64> {
+        self.check_batch(batch)?;
+        let dropout = Dropout { seed: 0, step: 0, micro_step: 0, rate: 0.0 };
+        self.compute(batch, dropout, None, proceed)
+    }
+
+    fn compute(
+        &mut self,
+        batch: Batch<'_>,
+        dropout: Dropout,
+        scale: Option<f32>,
+        proceed: &dyn Fn() -> bool,
+    ) -> Result<f64> {
+        let model = Model {
+            config: &self.config,
+            parameters: &self.parameters,
+            tokens: batch.inputs.iter().enumerate().map(|(i, &token)| (token, i % batch.n_tokens)).collect(),
+            n_tokens: batch.n_tokens,
+            dropout,
+            proceed,
+        };
+        let mut workers = self.workers.lock();
+        let activations = self.size.cut(&self.config, batch.inputs.len(), self.activations.get_mut());
+        let learned = Learned { weights: self.weights.get(), gradients: self.gradients.get_mut() };
+        let count = batch.targets.len() as f64;
+        let scale = scale.map(|scale| (f64::from(scale) / count) as f32);
+        let sum = in_default_mode(|| model.pass(&mut workers, batch.targets, learned, activations, scale))?;
+        Ok(sum / count)
+    }
+
+    /// Clips the gradients, moves the weights, and forgets the gradients; gives the norm that they had.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for values out of range.
+    pub fn update(&mut self, update: Update) -> Result<f64> {
+        update.check()?;
+        let mut workers = self.workers.lock();
+        let mut sums = Vec::new();
+        let norm = workers.norm_of(self.gradients.get(), &mut sums);
+        let rules: Vec<_> = self
+            .parameters
+            .tensors
+            .iter()
+            .map(|tensor| (tensor.place.clone(), update.rule(norm, tensor.decays())))
+            .collect();
+        let values = [self.weights.get_mut(), self.exp_avg.get_mut(), self.exp_avg_sq.get_mut()];
+        workers.adamw(&rules, self.gradients.get_mut(), values);
+        Ok(norm)
+    }
+
+    fn check_batch(&self, batch: Batch<'_>) -> Result<()> {
+        let Options { batch_size, n_tokens, .. } = self.options;
+        let wrong = |setting, value: usize, expected: String| {
+            Err(Error::Setting { setting, value: value.to_string(), expected })
+        };
+        if !(1..=n_tokens).contains(&batch.n_tokens) {
+            return wrong("inputs' tokens a sequence", batch.n_tokens, format!("in 1..={n_tokens}"));
+        }
+        let sequences = batch.inputs.len() / batch.n_tokens;
+        if batch.inputs.len() % batch.n_tokens != 0 || !(1..=batch_size).contains(&sequences) {
+            return wrong("inputs' sequences", sequences, format!("in 1..={batch_size}"));
+        }
+        if batch.targets.len() != batch.inputs.len() {
+            return wrong("targets' tokens", batch.targets.len(), format!("{}, as the inputs", batch.inputs.len()));
+        }
+        let n_vocab = self.config.n_vocab;
+        let mut ids = batch.inputs.iter().chain(batch.targets);
+        match ids.find(|&&token| token as usize >= n_vocab) {
+            Some(&token) => Err(Error::TokenOutOfRange { token, n_vocab }),
+            None => Ok(()),
+        }
+    }
+}
+
+fn check_options(config: &Config, options: &Options) -> Result<()> {
+    let wrong = |setting, value: String, expected: String| Err(Error::Setting { setting, value, expected });
+    let Options { batch_size, n_tokens, dropout, .. } = *options;
+    if !(1..=1 << 20).contains(&batch_size) {
+        return wrong("batch_size", batch_size.to_string(), "in 1..=1048576".to_owned());
+    }
+    if !(1..=config.n_ctx).contains(&n_tokens) {
+        return wrong("n_tokens", n_tokens.to_string(), format!("in 1..={} (n_ctx)", config.n_ctx));
+    }
+    if !(0.0..1.0).contains(&dropout) {
+        return wrong("dropout", dropout.to_string(), "in 0..1, 1 excluded".to_owned());
+    }
+    Ok(())
+}
+
+impl Update {
+    fn check(self) -> Result<()> {
+        let Update { lr, step, betas, eps, weight_decay, max_norm } = self;
+        let wrong = |setting, value: f64, expected: &str| {
+            Err(Error::Setting { setting, value: value.to_string(), expected: expected.to_owned() })
+        };
+        if !(lr.is_finite() && lr >= 0.0) {
+            return wrong("lr", lr, "finite and not below 0");
+        }
+        if step == 0 {
+            return wrong("step", 0.0, "at least 1");
+        }
+        if let Some(beta) = [betas.0, betas.1].into_iter().find(|beta| !(0.0..1.0).contains(beta)) {
+            return wrong("betas", beta, "in 0..1, 1 excluded, both");
+        }
+        if !(eps.is_finite() && eps >= 0.0) {
+            return wrong("eps", eps, "finite and not below 0");
+        }
+        if !(weight_decay.is_finite() && weight_decay >= 0.0) {
+            return wrong("weight_decay", weight_decay, "finite and not below 0");
+        }
+        if let Some(norm) = max_norm.filter(|&norm| !(norm > 0.0)) {
+            return wrong("max_norm", norm, "above 0, or None");
+        }
+        Ok(())
+    }
+
+    /// What is done to a tensor, given the norm of all gradients.
+    fn rule(self, norm: f64, decays: bool) -> Rule {
+        let Update { lr, step, betas: (beta1, beta2), eps, weight_decay, max_norm } = self;
+        // As torch.nn.utils.clip_grad_norm_ does.
+        let clip = max_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
+        let left = |beta: f64| 1.0 - libm::pow(beta, f64::from(step));
+        Rule {
+            first: [beta1 as f32, (1.0 - beta1) as f32],
+            second: [beta2 as f32, (1.0 - beta2) as f32],
+            gradient_scale: clip as f32,
+            step_size: (lr / left(beta1)) as f32,
+            deviation_scale: (1.0 / left(beta2).sqrt()) as f32,
+            eps: eps as f32,
+            decay: if decays { (1.0 - lr * weight_decay) as f32 } else { 1.0 },
+        }
+    }
+}
+
+/// One pass over a micro-batch.
+struct Model<'a> {
+    config: &'a Config,
+    parameters: &'a Parameters,
+    /// (token, position) of each row.
+    tokens: Vec<(u32, usize)>,
+    n_tokens: usize,
+    dropout: Dropout,
+    proceed: &'a dyn Fn() -> bool,
+}
+
+impl Model<'_> {
+    /// The sum of the tokens' losses; where there is a scale, that times its gradients is added to what was there.
+    fn pass(
+        &self,
+        workers: &mut Workers,
+        targets: &[u32],
+        mut learned: Learned<'_>,
+        Activations { mut x, mut saved, mut room }: Activations<'_>,
+        scale: Option<f32>,
+    ) -> Result<f64> {
+        let Parameters { wte, wpe, h, ln_f, .. } = self.parameters;
+        let (weights, ln_f) = (learned.weights, (ln_f, self.config.layer_norm_epsilon));
+
+        workers.embed(&weights[wte.clone()], &weights[wpe.clone()], &self.tokens, &mut room.branch);
+        workers.drop(&room.branch, None, self.dropout.mask(Place::Embedding), &mut x[0]);
+        for (layer, block) in h.iter().enumerate() {
+            let (before, behind) = x.split_at_mut(layer + 1);
+            let kept = layer.min(saved.len() - 1);
+            let saved = &mut saved[kept];
+            self.forward(workers, (layer, block), weights, &before[layer], saved, &mut room)?;
+            workers.activate(&saved.fc, self.config.activation_function, &mut room.hidden);
+            workers.linear(&room.hidden, &block.mlp_c_proj, weights, &mut room.branch);
+            workers.drop(&room.branch, Some(&saved.mid), self.dropout.mask(Place::Mlp(layer)), &mut behind[0]);
+        }
+        let x_f = &x[h.len()];
+        workers.norm(x_f, ln_f, weights, &mut room.normed);
+
+        let head = self.parameters.head();
+        let wte_f = &weights[head.clone()];
+        let Some(scale) = scale else {
+            return Ok(workers.head(&room.normed, wte_f, targets, &mut room.head, None));
+        };
+        let backward = HeadBackward { dwte: &mut learned.gradients[head], dh: &mut room.dnormed, scale };
+        let sum = workers.head(&room.normed, wte_f, targets, &mut room.head, Some(backward));
+
+        room.dx.data_mut().fill(0.0);
+        workers.norm_backward(x_f, ln_f, &room.dnormed, &mut learned, &mut room.dx, room.moments);
+        for (layer, block) in h.iter().enumerate().rev() {
+            let kept = layer.min(saved.len() - 1);
+            let saved = &mut saved[kept];
+            if kept < layer && layer + 1 < h.len() {
+                self.forward(workers, (layer, block), weights, &x[layer], saved, &mut room)?;
+            }
+            self.backward(workers, (layer, block), &mut learned, &x[layer], saved, &mut room)?;
+        }
+        let dx = workers.dropped(&room.dx, self.dropout.mask(Place::Embedding), &mut room.branch);
+        workers.embed_backward(dx, &self.tokens, (wte, wpe), &mut learned);
+        Ok(sum)
+    }
+
+    /// A block up to what its activation function takes: `mid = x + dropout(attn(ln_1(x)))`, `fc = c_fc(ln_2(mid))`.
+    fn forward(
+        &self,
+        workers: &mut Workers,
+        (layer, block): (usize, &Block),
+        weights: &[f32],
+        x: &Buffer<'_>,
+        Saved { qkv, attended, lse, mid, fc }: &mut Saved<'_>,
+        Room { normed, branch, .. }: &mut Room<'_>,
+    ) -> Result<()> {
+        self.go_on()?;
+        let eps = self.config.layer_norm_epsilon;
+        workers.norm(x, (&block.ln_1, eps), weights, normed);
+        workers.linear(normed, &block.c_attn, weights, qkv);
+        workers.attention(qkv, self.attention(layer), attended, lse);
+        workers.linear(attended, &block.attn_c_proj, weights, branch);
+        workers.drop(branch, Some(x), self.dropout.mask(Place::Attended(layer)), mid);
+        workers.norm(mid, (&block.ln_2, eps), weights, normed);
+        workers.linear(normed, &block.c_fc, weights, fc);
+        Ok(())
+    }
+
+    /// The gradient of a block's output, in `dx`, becomes that of its input.
+    fn backward(
+        &self,
+        workers: &mut Workers,
+        (layer, block): (usize, &Block),
+        learned: &mut Learned<'_>,
+        x: &Buffer<'_>,
+        Saved { qkv, attended, lse, mid, fc }: &mut Saved<'_>,
+        Room { normed, branch, hidden, dx, dnormed, dfc, dqkv, moments, .. }: &mut Room<'_>,
+    ) -> Result<()> {
+        self.go_on()?;
+        let (weights, eps) = (learned.weights, self.config.layer_norm_epsilon);
+        let activation = self.config.activation_function;
+
+        let dy = workers.dropped(dx, self.dropout.mask(Place::Mlp(layer)), branch);
+        workers.activate(fc, activation, hidden);
+        workers.linear_backward(hidden, &block.mlp_c_proj, dy, learned, dfc);
+        workers.activate_backward(fc, activation, dfc);
+        workers.norm(mid, (&block.ln_2, eps), weights, normed);
+        workers.linear_backward(normed, &block.c_fc, dfc, learned, dnormed);
+        workers.norm_backward(mid, (&block.ln_2, eps), dnormed, learned, dx, moments);
+
+        let dy = workers.dropped(dx, self.dropout.mask(Place::Attended(layer)), branch);
+        workers.linear_backward(attended, &block.attn_c_proj, dy, learned, dnormed);
+        workers.attention_backward((qkv, attended, lse), self.attention(layer), dnormed, dqkv);
+        workers.norm(x, (&block.ln_1, eps), weights, normed);
+        workers.linear_backward(normed, &block.c_attn, dqkv, learned, dnormed);
+        workers.norm_backward(x, (&block.ln_1, eps), dnormed, learned, dx, moments);
+        Ok(())
+    }
+
+    fn attention(&self, layer: usize) -> Attention {
+        Attention {
+            tokens: self.n_tokens,
+            n_head: self.config.n_head,
+            scale: self.config.attn_scale(layer),
+            mask: self.dropout.mask(Place::Attention(layer)),
+        }
+    }
+
+    fn go_on(&self) -> Result<()> {
+        if (self.proceed)() { Ok(()) } else { Err(Error::Cancelled) }
+    }
+}
