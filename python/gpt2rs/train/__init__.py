@@ -7,6 +7,7 @@
 """
 
 from .events import Accumulated, Callback, Evaluated, Event, Finished, Sampled, Saved, Started, Step
+from .gradients import loss_and_grads
 from .run import Diverged
 from .settings import TrainSettings
 from .trainer import Trainer
@@ -24,4 +25,5 @@ __all__ = [
     "Step",
     "TrainSettings",
     "Trainer",
+    "loss_and_grads",
 ]
