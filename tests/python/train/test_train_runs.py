@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import gpt2rs
 from gpt2rs.train import (
@@ -165,6 +166,39 @@ class TestRun:
         assert (model.config.n_vocab, model.tokenizer) == (50, None)
         Trainer.resume(small["out"], steps=13).fit([])
 
+    @pytest.mark.parametrize(
+        ("bias", "tied", "absent"),
+        [
+            ("all", True, {"lm_head.weight"}),
+            ("no-qkv", False, {"transformer.h.0.attn.c_attn.bias"}),
+            ("none", True, {"lm_head.weight", "transformer.h.0.mlp.c_fc.bias", "transformer.ln_f.bias"}),
+        ],
+    )
+    def test_every_shape_is_saved_and_goes_on(
+        self, small: dict[str, Any], bias: str, tied: bool, absent: set[str]
+    ) -> None:
+        values = {**small, "bias": bias, "tie_word_embeddings": tied, "steps": 2, "sample_every": 0}
+        trainer = Trainer(TrainSettings(**values))
+        trainer.fit([])
+        with safe_open(Path(small["out"]) / "last" / "model.safetensors", framework="numpy") as file:
+            names = set(file.keys())
+        candidates = {
+            "lm_head.weight",
+            "transformer.h.0.attn.c_attn.bias",
+            "transformer.h.0.mlp.c_fc.bias",
+            "transformer.ln_f.bias",
+        }
+        if bias == "none":
+            absent = absent | {"transformer.h.0.attn.c_attn.bias"}
+        assert candidates - names == absent
+        resumed = Trainer.resume(small["out"], steps=3)
+        for name in trainer.core.names():
+            for kind in ("weight", "exp_avg", "exp_avg_sq"):
+                np.testing.assert_array_equal(
+                    resumed.core.tensor(kind, name), trainer.core.tensor(kind, name)
+                )
+        assert resumed.core.names() == trainer.core.names()
+
     def test_published_tokenizer_goes_with_the_checkpoint(
         self, small: dict[str, Any], gpt2_encoding: Any, text: Path
     ) -> None:
@@ -198,6 +232,16 @@ class TestStep:
         assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
         assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-4)
         assert trainer.n_steps == results[0].step == 1
+
+    def test_gives_the_same_bits_on_any_number_of_threads(self, small: dict[str, Any]) -> None:
+        ids = np.random.default_rng(0).integers(0, 1024, (5, 33))
+        found = []
+        for n_threads in (1, 2, 5):
+            trainer = Trainer(TrainSettings(**{**small, "n_threads": n_threads}))
+            steps = [trainer.step(ids[:, :-1], ids[:, 1:]) for _ in range(3)]
+            weights = [trainer.core.tensor("weight", name).tobytes() for name in trainer.core.names()]
+            found.append(([(step.loss, step.grad_norm) for step in steps], weights))
+        assert found[0] == found[1] == found[2]
 
     def test_needs_neither_data_nor_folder(self) -> None:
         trainer = Trainer(
