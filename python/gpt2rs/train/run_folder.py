@@ -3,7 +3,7 @@
 settings.toml    how the run was started
 log.jsonl        what happened, a line each
 step-001000/     a checkpoint: config.json, model.safetensors, the tokenizer's files; beside them
-                 optimizer.safetensors (AdamW's moments) and training.json (where the run was)
+                 optimizer.safetensors (AdamW's moments) and position.json (where the run was)
 last, best       links to two of these
 loss.svg         the losses, with samples
 """
@@ -64,7 +64,7 @@ class RunFolder:
         found = {}
         for path in self.path.glob("step-*"):
             match = _NAME.fullmatch(path.name)
-            if match and (path / "training.json").is_file():
+            if match and (path / "position.json").is_file():
                 found[int(match[1])] = path
         return dict(sorted(found.items()))
 
@@ -98,7 +98,7 @@ class RunFolder:
                     lambda key: core.tensor(*moments[key]),
                 )
                 vocabulary.save(unfinished)
-                for name, content in (("config.json", config), ("training.json", asdict(position))):
+                for name, content in (("config.json", config), ("position.json", asdict(position))):
                     (unfinished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             last = self.last()
@@ -119,7 +119,7 @@ class RunFolder:
 
 def read_position(folder: Path) -> Position:
     """Where the run was when it wrote a checkpoint; ValueError for a file of another program or version."""
-    path = folder / "training.json"
+    path = folder / "position.json"
     try:
         position = Position(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

@@ -108,7 +108,7 @@ class TestRun:
             "config.json",
             "model.safetensors",
             "optimizer.safetensors",
-            "training.json",
+            "position.json",
             "vocab.json",
             "merges.txt",
         }
@@ -355,7 +355,7 @@ class TestResume:
         assert (out / "last").resolve().name == "step-000013"
         assert not list(out.glob(".unfinished-*"))
 
-    @pytest.mark.parametrize("name", ["optimizer.safetensors", "training.json", "model.safetensors"])
+    @pytest.mark.parametrize("name", ["optimizer.safetensors", "position.json", "model.safetensors"])
     def test_a_damaged_checkpoint_is_a_clear_error(self, small: dict[str, Any], name: str) -> None:
         Trainer(TrainSettings(**small)).fit([])
         path = Path(small["out"]) / "last" / name
