@@ -1,7 +1,7 @@
 """Put a run of settings.toml into the package: python docs/shakespeare/ship.py RUN
 
-Writes the best checkpoint, rounded to bfloat16, and training.json, which tells the run, over the built-in model; and
-the run's picture beside this file.
+Writes the best checkpoint, rounded to bfloat16, and training.json, which tells the run, over the built-in
+model; and the run's picture beside this file.
 """
 
 import json

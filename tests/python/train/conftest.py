@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import stand_in
 
 from gpt2rs.train import TrainSettings
-
-stand_in.install()
 
 WORDS = (
     "the",

@@ -15,15 +15,14 @@ import pytest
 import gpt2rs
 from gpt2rs.train.log import read_log
 
-COMMAND = [sys.executable, "-c", "import stand_in; stand_in.install(); from gpt2rs.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "gpt2rs.cli"]
 MODEL = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--n-ctx", "32", "--batch-size", "2"]
 BASE = [*MODEL, "--tokenizer", "shakespeare", "--steps", "5", "--lr", "0.01", "--no-plot"]
 
 
 def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def error(*arguments: Any) -> str:
@@ -110,7 +109,7 @@ def test_a_run_is_not_overwritten(text: Path, tmp_path: Path) -> None:
 
 def test_on_a_terminal_there_is_a_panel(text: Path, tmp_path: Path) -> None:
     controller, terminal = pty.openpty()
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TERM": "xterm", "COLUMNS": "120"}
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     command = [*COMMAND, "train", "--data", str(text), "--out", str(tmp_path / "run"), *BASE]
     process = subprocess.Popen(command, stdout=terminal, stderr=terminal, env=env)
     os.close(terminal)

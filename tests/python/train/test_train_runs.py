@@ -35,7 +35,7 @@ from gpt2rs.train import (
 from gpt2rs.train.log import read_log
 from gpt2rs.train.run_folder import RunFolder
 
-COMMAND = [sys.executable, "-c", "import stand_in; stand_in.install(); from gpt2rs.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "gpt2rs.cli"]
 
 
 def contents(checkpoint: Path) -> dict[str, bytes]:
