@@ -37,10 +37,10 @@ with TemporaryDirectory() as folder:
         init_from="shakespeare",
         n_ctx=128,  # of the model's 256 positions: shorter sequences are cheaper
         batch_size=8,
-        steps=int(sys.argv[2]) if len(sys.argv) > 2 else 300,
+        steps=int(sys.argv[2]) if len(sys.argv) > 2 else 120,
         lr=1e-3,
         dropout=0.1,
-        eval_every=100,
+        eval_every=40,
         eval_tokens=16_384,
         sample_every=0,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import random
 import resource
 import signal
@@ -437,14 +436,8 @@ class TestProcesses:
 
     @staticmethod
     def start(*arguments: str) -> subprocess.Popen[str]:
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-        return subprocess.Popen(
-            [*COMMAND, "train", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-        )
+        command = [*COMMAND, "train", *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     @staticmethod
     def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> bool:
