@@ -14,8 +14,7 @@ use gpt2rs::weights::Origin;
 use std::process::ExitCode;
 use std::time::Instant;
 
-const USAGE: &str =
-    "usage: cargo bench --bench train -- [--quick] [--threads N] [--precision float32|bfloat16] [--recompute]";
+const USAGE: &str = "usage: cargo bench --bench train -- [--quick] [--threads N] [--precision float32|bfloat16] [--recompute]";
 
 const COUNTING: &str = "\
 a step: forward, backward, clipping and AdamW of one micro-batch
@@ -39,7 +38,8 @@ struct Arguments {
 impl Arguments {
     fn parse(mut words: impl Iterator<Item = String>) -> std::result::Result<Arguments, String> {
         let n_threads = default_threads(usize::MAX);
-        let mut arguments = Arguments { quick: false, n_threads, precision: Precision::Float32, recompute: false };
+        let mut arguments =
+            Arguments { quick: false, n_threads, precision: Precision::Float32, recompute: false };
         while let Some(word) = words.next() {
             match word.as_str() {
                 "--quick" => arguments.quick = true,
@@ -84,14 +84,22 @@ fn flops(config: &Config, batch_size: usize, n_tokens: usize) -> f64 {
 fn spread(values: &[f64], digits: usize) -> String {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    format!("{:.digits$} ({:.digits$}, {:.digits$})", sorted[sorted.len() / 2], sorted[0], sorted[sorted.len() - 1])
+    format!(
+        "{:.digits$} ({:.digits$}, {:.digits$})",
+        sorted[sorted.len() / 2],
+        sorted[0],
+        sorted[sorted.len() - 1]
+    )
 }
 
 fn measure(arguments: Arguments) -> Result<()> {
     let Arguments { n_threads, precision, recompute, .. } = arguments;
     let (isa, rounds) = (Isa::from_env()?, if arguments.quick { 3 } else { 7 });
     println!("gpt2 (124M), {precision:?}; {}; {n_threads} threads; {rounds} rounds\n", isa.name());
-    println!("{:<10} {:<22} {:<22} {:<24} {:<16} forward+backward, update: s", "B x T", "tokens/s", "GFLOP/s", "limit, GFLOP/s", "% of the limit");
+    println!(
+        "{:<10} {:<22} {:<22} {:<24} {:<16} forward+backward, update: s",
+        "B x T", "tokens/s", "GFLOP/s", "limit, GFLOP/s", "% of the limit"
+    );
     for (batch_size, n_tokens) in BATCHES {
         let options = Options {
             precision,
@@ -116,7 +124,8 @@ fn measure(arguments: Arguments) -> Result<()> {
             Ok([passed, start.elapsed().as_secs_f64() - passed])
         };
         run()?;
-        let [mut tokens, mut rates, mut limits, mut shares, mut passes, mut updates] = [const { Vec::new() }; 6];
+        let [mut tokens, mut rates, mut limits, mut shares, mut passes, mut updates] =
+            [const { Vec::new() }; 6];
         let mut before = arguments.limit(isa)?;
         for _ in 0..rounds {
             let [pass, update] = run()?;

@@ -235,7 +235,18 @@ impl<'a> Columns<'a> {
         let offset = rows.start * self.stride + self.columns.start + columns.start;
         // An empty part may begin behind the data; it is never read.
         let data = self.data.wrapping_add(offset);
-        Columns { data, stride: self.stride, rows: rows.len(), columns: 0..columns.len(), matrix: PhantomData }
+        Columns {
+            data,
+            stride: self.stride,
+            rows: rows.len(),
+            columns: 0..columns.len(),
+            matrix: PhantomData,
+        }
+    }
+
+    /// Distance between rows.
+    pub fn stride(&self) -> usize {
+        self.stride
     }
 
     /// How many rows.

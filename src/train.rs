@@ -6,13 +6,13 @@
 //! instruction set, or whether blocks are computed again.
 
 mod memory;
+mod options;
 mod parameters;
 mod workers;
 
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::ops::adamw::Rule;
 use crate::ops::dropout::{Dropout, Place};
 use crate::pool::{PerProcess, default_threads};
 use crate::simd::{Isa, in_default_mode};
@@ -22,85 +22,24 @@ use parameters::{Block, Parameters};
 use workers::{Attention, HeadBackward, Learned, Workers};
 
 pub use crate::ops::gemm::Precision;
+pub use options::{Batch, Options, Pass, Update};
 pub use parameters::{Biases, Tensor};
 
-/// How a model is trained.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// B: most sequences of a micro-batch.
-    pub batch_size: usize,
-    /// T: most tokens of a sequence.
-    pub n_tokens: usize,
-    /// Key of the dropout masks.
-    pub seed: u64,
-    /// Probability that a value is dropped: of embeddings, attention weights, and what blocks add to the residual stream.
-    pub dropout: f32,
-    /// How exactly factors of products are taken.
-    pub precision: Precision,
-    /// Whether blocks are computed again in the backward pass, not kept.
-    pub recompute: bool,
-    /// Which biases there are beside random weights; a checkpoint says itself.
-    pub biases: Biases,
-    /// Threads; `None` chooses.
-    pub n_threads: Option<usize>,
-    /// Instruction set; `None` takes `GPT2RS_ISA` or the fastest.
-    pub isa: Option<Isa>,
+/// What a run would allocate: (what, bytes).
+///
+/// # Errors
+/// [`Error::Setting`] for options out of range.
+pub fn memory_plan(config: &Config, options: &Options) -> Result<Vec<(&'static str, usize)>> {
+    options.check(config)?;
+    let tensors = Tensors::new(config, &Origin::Random { seed: 0 })?;
+    let len = Parameters::new(config, &tensors, options.biases).len;
+    let n_threads = options.n_threads.unwrap_or_else(|| threads_for(len));
+    Ok(Size::of(options).plan(config, len, n_threads))
 }
 
-impl Options {
-    /// float32, without dropout, on all cores that help.
-    pub fn new(batch_size: usize, n_tokens: usize) -> Options {
-        Options {
-            batch_size,
-            n_tokens,
-            seed: 0,
-            dropout: 0.0,
-            precision: Precision::Float32,
-            recompute: false,
-            biases: Biases::All,
-            n_threads: None,
-            isa: None,
-        }
-    }
-}
-
-/// (B, T) token ids, row-major, and what should follow each.
-#[derive(Clone, Copy)]
-pub struct Batch<'a> {
-    /// What the model sees.
-    pub inputs: &'a [u32],
-    /// What it should say.
-    pub targets: &'a [u32],
-    /// T.
-    pub n_tokens: usize,
-}
-
-/// Which pass it is, for the dropout masks, and what its gradients are multiplied by.
-#[derive(Clone, Copy, Debug)]
-pub struct Pass {
-    /// The optimiser's step.
-    pub step: u32,
-    /// The micro-batch within the step.
-    pub micro_step: u32,
-    /// Multiplies the gradients: 1 over the number of micro-batches.
-    pub scale: f32,
-}
-
-/// A step of AdamW.
-#[derive(Clone, Copy, Debug)]
-pub struct Update {
-    /// Learning rate.
-    pub lr: f64,
-    /// Counted from 1.
-    pub step: u32,
-    /// Decay of both moments.
-    pub betas: (f64, f64),
-    /// Added to the square root of the second moment.
-    pub eps: f64,
-    /// Of matrices and embeddings.
-    pub weight_decay: f64,
-    /// Gradients whose norm is above are scaled down to it; `None` leaves them.
-    pub max_norm: Option<f64>,
+/// Threads that help to train this many parameters.
+fn threads_for(parameters: usize) -> usize {
+    default_threads(parameters * size_of::<f32>())
 }
 
 /// The arrays of a run that each parameter has a value in.
@@ -137,15 +76,14 @@ impl Trainer {
     /// # Errors
     /// [`Error::Setting`] for options out of range; what reading a checkpoint says; no memory or threads.
     pub fn new(config: Config, origin: &Origin<'_>, options: Options) -> Result<Trainer> {
-        check_options(&config, &options)?;
-        let Options { batch_size, n_tokens, precision, recompute, .. } = options;
+        options.check(&config)?;
         let isa = options.isa.map_or_else(Isa::from_env, Ok)?;
         let tensors = Tensors::new(&config, origin)?;
         let parameters = Parameters::new(&config, &tensors, options.biases);
         let mut weights = Floats::new(parameters.len)?;
         in_default_mode(|| parameters.read(&tensors, weights.get_mut()))?;
-        let size = Size { batch_size, n_tokens, recompute };
-        let n_threads = options.n_threads.unwrap_or_else(|| default_threads(parameters.len * size_of::<f32>()));
+        let (size, precision) = (Size::of(&options), options.precision);
+        let n_threads = options.n_threads.unwrap_or_else(|| threads_for(parameters.len));
         let workers = Workers::new(isa, precision, n_threads, size, &config)?;
         let for_children = config.clone();
         let workers = PerProcess::new(workers, move || {
@@ -233,7 +171,7 @@ impl Trainer {
     /// # Errors
     /// [`Error::Setting`] for a batch of another size than planned, [`Error::TokenOutOfRange`], [`Error::Cancelled`].
     pub fn accumulate(&mut self, batch: Batch<'_>, pass: Pass, proceed: &dyn Fn() -> bool) -> Result<f64> {
-        self.check_batch(batch)?;
+        batch.check(&self.config, &self.options)?;
         let Options { seed, dropout: rate, .. } = self.options;
         let dropout = Dropout { seed, step: pass.step, micro_step: pass.micro_step, rate };
         self.compute(batch, dropout, Some(pass.scale), proceed)
@@ -244,7 +182,7 @@ impl Trainer {
     /// # Errors
     /// As [`Trainer::accumulate`].
     pub fn loss(&mut self, batch: Batch<'_>, proceed: &dyn Fn() -> bool) -> Result<f64> {
-        self.check_batch(batch)?;
+        batch.check(&self.config, &self.options)?;
         let dropout = Dropout { seed: 0, step: 0, micro_step: 0, rate: 0.0 };
         self.compute(batch, dropout, None, proceed)
     }
@@ -273,7 +211,8 @@ impl Trainer {
         Ok(sum / count)
     }
 
-    /// Clips the gradients, moves the weights, and forgets the gradients; gives the norm that they had.
+    /// Clips the gradients, moves the weights, and forgets the gradients; gives the norm that they had. A norm that is not
+    /// finite moves nothing: weights and moments stay whole.
     ///
     /// # Errors
     /// [`Error::Setting`] for values out of range.
@@ -282,6 +221,10 @@ impl Trainer {
         let mut workers = self.workers.lock();
         let mut sums = Vec::new();
         let norm = workers.norm_of(self.gradients.get(), &mut sums);
+        if !norm.is_finite() {
+            self.gradients.get_mut().fill(0.0);
+            return Ok(norm);
+        }
         let rules: Vec<_> = self
             .parameters
             .tensors
@@ -291,89 +234,6 @@ impl Trainer {
         let values = [self.weights.get_mut(), self.exp_avg.get_mut(), self.exp_avg_sq.get_mut()];
         workers.adamw(&rules, self.gradients.get_mut(), values);
         Ok(norm)
-    }
-
-    fn check_batch(&self, batch: Batch<'_>) -> Result<()> {
-        let Options { batch_size, n_tokens, .. } = self.options;
-        let wrong = |setting, value: usize, expected: String| {
-            Err(Error::Setting { setting, value: value.to_string(), expected })
-        };
-        if !(1..=n_tokens).contains(&batch.n_tokens) {
-            return wrong("inputs' tokens a sequence", batch.n_tokens, format!("in 1..={n_tokens}"));
-        }
-        let sequences = batch.inputs.len() / batch.n_tokens;
-        if batch.inputs.len() % batch.n_tokens != 0 || !(1..=batch_size).contains(&sequences) {
-            return wrong("inputs' sequences", sequences, format!("in 1..={batch_size}"));
-        }
-        if batch.targets.len() != batch.inputs.len() {
-            return wrong("targets' tokens", batch.targets.len(), format!("{}, as the inputs", batch.inputs.len()));
-        }
-        let n_vocab = self.config.n_vocab;
-        let mut ids = batch.inputs.iter().chain(batch.targets);
-        match ids.find(|&&token| token as usize >= n_vocab) {
-            Some(&token) => Err(Error::TokenOutOfRange { token, n_vocab }),
-            None => Ok(()),
-        }
-    }
-}
-
-fn check_options(config: &Config, options: &Options) -> Result<()> {
-    let wrong = |setting, value: String, expected: String| Err(Error::Setting { setting, value, expected });
-    let Options { batch_size, n_tokens, dropout, .. } = *options;
-    if !(1..=1 << 20).contains(&batch_size) {
-        return wrong("batch_size", batch_size.to_string(), "in 1..=1048576".to_owned());
-    }
-    if !(1..=config.n_ctx).contains(&n_tokens) {
-        return wrong("n_tokens", n_tokens.to_string(), format!("in 1..={} (n_ctx)", config.n_ctx));
-    }
-    if !(0.0..1.0).contains(&dropout) {
-        return wrong("dropout", dropout.to_string(), "in 0..1, 1 excluded".to_owned());
-    }
-    Ok(())
-}
-
-impl Update {
-    fn check(self) -> Result<()> {
-        let Update { lr, step, betas, eps, weight_decay, max_norm } = self;
-        let wrong = |setting, value: f64, expected: &str| {
-            Err(Error::Setting { setting, value: value.to_string(), expected: expected.to_owned() })
-        };
-        if !(lr.is_finite() && lr >= 0.0) {
-            return wrong("lr", lr, "finite and not below 0");
-        }
-        if step == 0 {
-            return wrong("step", 0.0, "at least 1");
-        }
-        if let Some(beta) = [betas.0, betas.1].into_iter().find(|beta| !(0.0..1.0).contains(beta)) {
-            return wrong("betas", beta, "in 0..1, 1 excluded, both");
-        }
-        if !(eps.is_finite() && eps >= 0.0) {
-            return wrong("eps", eps, "finite and not below 0");
-        }
-        if !(weight_decay.is_finite() && weight_decay >= 0.0) {
-            return wrong("weight_decay", weight_decay, "finite and not below 0");
-        }
-        if let Some(norm) = max_norm.filter(|&norm| !(norm > 0.0)) {
-            return wrong("max_norm", norm, "above 0, or None");
-        }
-        Ok(())
-    }
-
-    /// What is done to a tensor, given the norm of all gradients.
-    fn rule(self, norm: f64, decays: bool) -> Rule {
-        let Update { lr, step, betas: (beta1, beta2), eps, weight_decay, max_norm } = self;
-        // As torch.nn.utils.clip_grad_norm_ does.
-        let clip = max_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
-        let left = |beta: f64| 1.0 - libm::pow(beta, f64::from(step));
-        Rule {
-            first: [beta1 as f32, (1.0 - beta1) as f32],
-            second: [beta2 as f32, (1.0 - beta2) as f32],
-            gradient_scale: clip as f32,
-            step_size: (lr / left(beta1)) as f32,
-            deviation_scale: (1.0 / left(beta2).sqrt()) as f32,
-            eps: eps as f32,
-            decay: if decays { (1.0 - lr * weight_decay) as f32 } else { 1.0 },
-        }
     }
 }
 
@@ -410,7 +270,12 @@ impl Model<'_> {
             self.forward(workers, (layer, block), weights, &before[layer], saved, &mut room)?;
             workers.activate(&saved.fc, self.config.activation_function, &mut room.hidden);
             workers.linear(&room.hidden, &block.mlp_c_proj, weights, &mut room.branch);
-            workers.drop(&room.branch, Some(&saved.mid), self.dropout.mask(Place::Mlp(layer)), &mut behind[0]);
+            workers.drop(
+                &room.branch,
+                Some(&saved.mid),
+                self.dropout.mask(Place::Mlp(layer)),
+                &mut behind[0],
+            );
         }
         let x_f = &x[h.len()];
         workers.norm(x_f, ln_f, weights, &mut room.normed);
@@ -427,8 +292,10 @@ impl Model<'_> {
         workers.norm_backward(x_f, ln_f, &room.dnormed, &mut learned, &mut room.dx, room.moments);
         for (layer, block) in h.iter().enumerate().rev() {
             let kept = layer.min(saved.len() - 1);
+            // Of blocks that share one memory, the last one's is still there.
+            let lost = saved.len() < h.len() && layer + 1 < h.len();
             let saved = &mut saved[kept];
-            if kept < layer && layer + 1 < h.len() {
+            if lost {
                 self.forward(workers, (layer, block), weights, &x[layer], saved, &mut room)?;
             }
             self.backward(workers, (layer, block), &mut learned, &x[layer], saved, &mut room)?;

@@ -153,8 +153,8 @@ class Session:
 class Trainer:
     """Weights, gradients and AdamW's moments, float32, and the memory plan of one micro-batch.
 
-    Dropout masks are a function of (seed, step, micro_step, place), so losses, gradients and weights are the same
-    bits whatever the number of threads, the instruction set, or `recompute`.
+    Dropout masks are a function of (seed, step, micro_step, place), so losses, gradients and weights are the
+    same bits whatever the number of threads, the instruction set, or `recompute`.
     """
 
     @staticmethod

@@ -48,12 +48,13 @@ pub struct Rule {
     pub decay: f32,
 }
 
-/// One step of some weights: the moments take in the gradients, the weights follow.
+/// One step of some weights: the moments take in the gradients, the weights follow, and the gradients are zeros again
+/// while they are in the cache.
 pub struct AdamW<'a> {
     /// What is done.
     pub rule: Rule,
-    /// The gradients.
-    pub gradients: &'a [f32],
+    /// The gradients, zeroed.
+    pub gradients: &'a mut [f32],
     /// As many, changed.
     pub weights: &'a mut [f32],
     /// First moments, changed.
@@ -75,7 +76,7 @@ impl Kernel for AdamW<'_> {
         for (((w, g), m), v) in self
             .weights
             .chunks_mut(LANES)
-            .zip(self.gradients.chunks(LANES))
+            .zip(self.gradients.chunks_mut(LANES))
             .zip(self.exp_avg.chunks_mut(LANES))
             .zip(self.exp_avg_sq.chunks_mut(LANES))
         {
@@ -86,6 +87,7 @@ impl Kernel for AdamW<'_> {
             let deviation = simd.fma(simd.sqrt(second), deviation_scale, eps);
             let kept = simd.mul(load_partial(simd, w), decay);
             let moved = simd.fma(simd.div(first, deviation), minus_step_size, kept);
+            g.fill(0.0);
             store_partial(simd, first, m);
             store_partial(simd, second, v);
             store_partial(simd, moved, w);

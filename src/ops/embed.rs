@@ -17,12 +17,7 @@ pub fn embed<F: Format>(wte: Panels<'_, F>, token: usize, wpe: &[f32], out: &mut
 }
 
 /// `dwte[token] += dx` and `dwpe[position] += dx` for some columns of all rows, in ascending order of rows.
-pub fn embed_backward(
-    dx: Rows<'_>,
-    tokens: &[(u32, usize)],
-    dwte: &mut Columns<'_>,
-    dwpe: &mut Columns<'_>,
-) {
+pub fn embed_backward(dx: Rows<'_>, tokens: &[(u32, usize)], dwte: &mut Columns<'_>, dwpe: &mut Columns<'_>) {
     for (row, &(token, position)) in tokens.iter().enumerate() {
         let dx = dx.row(row);
         for (sum, dx) in dwte.row(token as usize).iter_mut().zip(dx) {

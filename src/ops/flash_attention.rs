@@ -91,9 +91,16 @@ struct Products {
 
 impl Products {
     /// Every block of the rows of `x`, packed: as they are, or transposed.
-    fn pack_blocks<'s>(self, x: Rows<'_>, tokens: usize, transposed: bool, room: &'s mut [Line]) -> Vec<Packed<'s>> {
+    fn pack_blocks<'s>(
+        self,
+        x: Rows<'_>,
+        tokens: usize,
+        transposed: bool,
+        room: &'s mut [Line],
+    ) -> Vec<Packed<'s>> {
         let rooms = room.chunks_mut(block_lines(x.columns()));
-        let pack = |((_, rows), room): ((usize, Range<usize>), &'s mut [Line])| self.pack(x, rows, transposed, room);
+        let pack =
+            |((_, rows), room): ((usize, Range<usize>), &'s mut [Line])| self.pack(x, rows, transposed, room);
         blocks(tokens).zip(rooms).map(pack).collect()
     }
 
@@ -190,7 +197,15 @@ impl Head<'_> {
                 keys_t[j].multiply(isa, Operand::of(q), false, square(scores, m, n), left);
                 values_t[j].multiply(isa, Operand::of(dout), false, square(dscores, m, n), left);
                 let lse = &lse[rows.clone()];
-                isa.run(WeighBackward { head: self, rows: rows.clone(), key_block: j, scores, dscores, lse, dots });
+                isa.run(WeighBackward {
+                    head: self,
+                    rows: rows.clone(),
+                    key_block: j,
+                    scores,
+                    dscores,
+                    lse,
+                    dots,
+                });
                 let (weights, dscores) = (Rows::new(scores, STRIDE, n), Rows::new(dscores, STRIDE, n));
                 // The first query that sees a block of keys is in the block of the same number.
                 let dv = dv.part(columns.clone(), 0..hs);

@@ -20,7 +20,7 @@ use half::bf16;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-pub use pack::{Packable, PackPanels, PackRows};
+pub use pack::{PackPanels, PackRows, Packable};
 
 /// Terms of the chains that a pass over the outputs adds at most.
 const KC: usize = 768;

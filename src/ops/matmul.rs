@@ -139,7 +139,11 @@ impl<F: Product> Kernel for MatMul<'_, F> {
                     // One line a step: the first tiles bring the next piece of weights, the others the next tile's inputs,
                     // of which all together don't stay in the second-level cache.
                     let brought = tile * piece.len() / F::STEP_LINES;
-                    let ahead = if brought < piece.len() {
+                    let ahead = if matches!(self.then, Then::Continue) {
+                        // Sums that go on are read at a tile's begin, by when they must be there.
+                        let following = if tile + 1 < tiles { (rows.end, panel) } else { (0, panel + 1) };
+                        self.sums_of(following.0, following.1.min(panels.end - 1))
+                    } else if brought < piece.len() {
                         Ahead { address: next.wrapping_add(brought), lines: usize::MAX, gap: 0 }
                     } else {
                         let row = if tile + 1 < tiles { rows.end } else { 0 };
@@ -161,6 +165,16 @@ impl<F: Product> Kernel for MatMul<'_, F> {
 pub type Tile = [[f32; NR]; TALLEST];
 
 impl<F: Product> MatMul<'_, F> {
+    /// The output of a tile that begins at `row` of `panel`.
+    #[inline(always)]
+    fn sums_of(&mut self, row: usize, panel: usize) -> Ahead {
+        // Rows begin anywhere in a line.
+        const LINES: usize = NR * size_of::<f32>() / LINE + 1;
+        let gap = (self.out.stride() * size_of::<f32>()).wrapping_sub(LINES * LINE);
+        let left = panel * NR - self.out.range().start;
+        Ahead { address: self.out.row(row)[left..].as_ptr().cast(), lines: LINES, gap }
+    }
+
     /// One tile: what was summed before, a piece of k, and after the last piece the epilogue.
     #[inline(always)]
     fn tile<S: Simd, const STREAM: bool>(

@@ -39,7 +39,12 @@ impl Settings<'_> {
         let &Settings { batch_size, n_tokens, seed, dropout, recompute, n_threads, .. } = self;
         if n_threads.is_some_and(|n| !(1..=MAX_THREADS).contains(&n)) {
             let value = n_threads.unwrap_or_default().to_string();
-            return Err(Error::Setting { setting: "n_threads", value, expected: format!("in 1..={MAX_THREADS}") }.into());
+            return Err(Error::Setting {
+                setting: "n_threads",
+                value,
+                expected: format!("in 1..={MAX_THREADS}"),
+            }
+            .into());
         }
         let precision = match self.precision {
             "float32" => Precision::Float32,
@@ -114,7 +119,8 @@ impl Trainer {
     ) -> PyResult<Trainer> {
         let model = &model.0;
         let n_threads = Some(model.n_threads());
-        let options = Options { recompute, n_threads, isa: Some(model.isa()), ..Options::new(batch_size, n_tokens) };
+        let options =
+            Options { recompute, n_threads, isa: Some(model.isa()), ..Options::new(batch_size, n_tokens) };
         let trainer = py.detach(|| {
             let checkpoint = save::to_checkpoint(model.config(), model.weights())?;
             train::Trainer::new(model.config().clone(), &Origin::Checkpoint(&checkpoint), options)
@@ -143,7 +149,8 @@ impl Trainer {
         micro_step: u64,
         scale: f32,
     ) -> PyResult<f64> {
-        let pass = Pass { step: counted("step", step)?, micro_step: counted("micro_step", micro_step)?, scale };
+        let pass =
+            Pass { step: counted("step", step)?, micro_step: counted("micro_step", micro_step)?, scale };
         let ids = Ids::new(&inputs, &targets)?;
         compute(py, |proceed| self.0.accumulate(ids.batch(), pass, proceed))
     }
@@ -191,7 +198,9 @@ impl Trainer {
         let Tensor { shape, place, .. } = self.find(name)?;
         if array.shape() != shape {
             let found = array.shape();
-            return Err(PyValueError::new_err(format!("tensor {name}: expected shape {shape:?}, found {found:?}")));
+            return Err(PyValueError::new_err(format!(
+                "tensor {name}: expected shape {shape:?}, found {found:?}"
+            )));
         }
         let place = place.clone();
         let values = &mut self.0.values_mut(kind_of(kind)?)[place];
@@ -233,7 +242,8 @@ fn kind_of(name: &str) -> PyResult<Kind> {
 
 /// Steps are words of the generator's counter.
 fn counted(setting: &'static str, value: u64) -> PyResult<u32> {
-    let wrong = |_| Error::Setting { setting, value: value.to_string(), expected: format!("at most {}", u32::MAX) };
+    let wrong =
+        |_| Error::Setting { setting, value: value.to_string(), expected: format!("at most {}", u32::MAX) };
     Ok(u32::try_from(value).map_err(wrong)?)
 }
 
@@ -248,7 +258,9 @@ impl Ids {
     fn new(inputs: &PyReadonlyArray2<'_, u32>, targets: &PyReadonlyArray2<'_, u32>) -> PyResult<Ids> {
         if inputs.shape() != targets.shape() {
             let (inputs, targets) = (inputs.shape(), targets.shape());
-            return Err(PyValueError::new_err(format!("inputs have shape {inputs:?} and targets {targets:?}")));
+            return Err(PyValueError::new_err(format!(
+                "inputs have shape {inputs:?} and targets {targets:?}"
+            )));
         }
         let n_tokens = inputs.shape()[1];
         let [inputs, targets] = [inputs, targets].map(|ids| ids.as_array().iter().copied().collect());

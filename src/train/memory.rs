@@ -1,5 +1,6 @@
 //! The memory of a run, planned before anything is computed.
 
+use super::Options;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::mapped::Arena;
@@ -71,7 +72,11 @@ impl Buffer<'_> {
     }
 
     /// Columns that threads write, of rows from `first` on.
-    pub fn split(&mut self, rows: Range<usize>, ranges: impl IntoIterator<Item = Range<usize>>) -> Vec<Columns<'_>> {
+    pub fn split(
+        &mut self,
+        rows: Range<usize>,
+        ranges: impl IntoIterator<Item = Range<usize>>,
+    ) -> Vec<Columns<'_>> {
         let stride = self.stride();
         Columns::split(&mut self.data[rows.start * stride..rows.end * stride], stride, rows.len(), ranges)
     }
@@ -161,6 +166,12 @@ pub struct Size {
 }
 
 impl Size {
+    /// What the options ask for.
+    pub fn of(options: &Options) -> Size {
+        let &Options { batch_size, n_tokens, recompute, .. } = options;
+        Size { batch_size, n_tokens, recompute }
+    }
+
     fn rows(self) -> usize {
         self.batch_size * self.n_tokens
     }
@@ -175,7 +186,8 @@ impl Size {
     pub fn plan(self, config: &Config, parameters: usize, n_threads: usize) -> Vec<(&'static str, usize)> {
         let bytes = |floats: usize| floats * size_of::<f32>();
         let rows = self.rows();
-        let kept = if self.recompute { "inputs of the blocks" } else { "inputs and activations of the blocks" };
+        let kept =
+            if self.recompute { "inputs of the blocks" } else { "inputs and activations of the blocks" };
         vec![
             ("weights", bytes(parameters)),
             ("gradients", bytes(parameters)),
@@ -201,7 +213,10 @@ impl Size {
 
     fn saved(self, config: &Config, rows: usize) -> usize {
         let &Config { n_embd: c, n_inner, n_head, .. } = config;
-        Buffer::len(rows, 3 * c) + 2 * Buffer::len(rows, c) + whole(n_head * rows) + Buffer::len(rows, n_inner)
+        Buffer::len(rows, 3 * c)
+            + 2 * Buffer::len(rows, c)
+            + whole(n_head * rows)
+            + Buffer::len(rows, n_inner)
     }
 
     fn kept(self, config: &Config, rows: usize) -> usize {
@@ -212,7 +227,11 @@ impl Size {
     fn working(self, config: &Config, rows: usize) -> usize {
         let &Config { n_embd: c, n_inner, .. } = config;
         let block = if self.recompute { self.saved(config, rows) } else { 0 };
-        block + 4 * Buffer::len(rows, c) + 2 * Buffer::len(rows, n_inner) + Buffer::len(rows, 3 * c) + whole(2 * rows)
+        block
+            + 4 * Buffer::len(rows, c)
+            + 2 * Buffer::len(rows, n_inner)
+            + Buffer::len(rows, 3 * c)
+            + whole(2 * rows)
     }
 
     fn logits(self, config: &Config) -> usize {

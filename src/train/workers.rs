@@ -1,12 +1,15 @@
 //! The regions of a training pass: how each operation's columns, rows or heads are cut over the pool's threads. No cut
 //! changes a bit: every sum is computed by one thread, in one order.
 
-use super::memory::{Buffer, Head, Size};
+mod head;
+mod parts;
+
+use super::memory::{Buffer, Size};
 use super::parameters::{Linear, Norm};
 use crate::config::{Activation, Config};
 use crate::error::{Error, Result};
+use crate::ops::Rows;
 use crate::ops::adamw::{self, AdamW, Rule, SquareSums};
-use crate::ops::cross_entropy::{self, BLOCK, BlockSums, LogitsBackward, MergeBlocks};
 use crate::ops::dropout::{Drop, Mask};
 use crate::ops::embed::embed_backward;
 use crate::ops::flash_attention;
@@ -14,11 +17,12 @@ use crate::ops::gelu::backward::{Activate, ActivateBackward};
 use crate::ops::gemm::{self, Gemm, Operand, Precision};
 use crate::ops::layernorm::LayerNorm;
 use crate::ops::layernorm::backward::{LayerNormInput, LayerNormParameters, SumRows};
-use crate::ops::panels::NR;
-use crate::ops::{Rows, padded_stride};
 use crate::pool::{Columns, Pool, share};
 use crate::simd::{Isa, in_default_mode};
+use parts::{cut, deal, panels, two_of};
 use std::ops::Range;
+
+pub use head::HeadBackward;
 
 /// The threads of a run and what each of them keeps for itself.
 pub struct Workers {
@@ -54,22 +58,18 @@ pub struct Attention {
     pub mask: Option<Mask>,
 }
 
-/// What the head does beside the losses.
-pub struct HeadBackward<'a, 'b> {
-    /// (V, C), added to.
-    pub dwte: &'a mut [f32],
-    /// (rows, C), written.
-    pub dh: &'a mut Buffer<'b>,
-    /// What the gradients are multiplied by.
-    pub scale: f32,
-}
-
 impl Workers {
     /// Threads that run kernels of `isa`.
     ///
     /// # Errors
     /// [`Error::Threads`].
-    pub fn new(isa: Isa, precision: Precision, n_threads: usize, size: Size, config: &Config) -> Result<Workers> {
+    pub fn new(
+        isa: Isa,
+        precision: Precision,
+        n_threads: usize,
+        size: Size,
+        config: &Config,
+    ) -> Result<Workers> {
         let pool = Pool::new(n_threads).map_err(|source| Error::Threads { n_threads, source })?;
         let scratch = || Scratch {
             gemm: gemm::Scratch::new(),
@@ -121,7 +121,13 @@ impl Workers {
     }
 
     /// `out = y * factors`, plus `residual` where there is one.
-    pub fn drop(&mut self, y: &Buffer<'_>, residual: Option<&Buffer<'_>>, mask: Option<Mask>, out: &mut Buffer<'_>) {
+    pub fn drop(
+        &mut self,
+        y: &Buffer<'_>,
+        residual: Option<&Buffer<'_>>,
+        mask: Option<Mask>,
+        out: &mut Buffer<'_>,
+    ) {
         let (y, residual, stride) = (y.view(), residual.map(Buffer::view), out.stride());
         let isa = self.isa;
         let parts = out.split_rows(self.pool.n_threads());
@@ -149,7 +155,8 @@ impl Workers {
     pub fn activate(&mut self, x: &Buffer<'_>, activation: Activation, out: &mut Buffer<'_>) {
         let (x, stride, isa) = (x.view(), out.stride(), self.isa);
         let parts = out.split_rows(self.pool.n_threads());
-        self.pool.run(parts, |(first, out)| isa.run(Activate { x: x.rows_from(first), activation, out, stride }));
+        self.pool
+            .run(parts, |(first, out)| isa.run(Activate { x: x.rows_from(first), activation, out, stride }));
     }
 
     /// `d *= activation'(x)`.
@@ -214,7 +221,7 @@ impl Workers {
         });
     }
 
-    /// `dw += x^T dy` and `db += dy` summed over rows, and `dx = dy w^T` where it is wanted.
+    /// `dw += x^T dy`, `db += dy` summed over rows, and `dx = dy w^T`.
     pub fn linear_backward(
         &mut self,
         x: &Buffer<'_>,
@@ -296,96 +303,6 @@ impl Workers {
         });
     }
 
-    /// The sum of the tokens' losses, given the final LayerNorm's output `h` and the head's embedding; and gradients.
-    ///
-    /// Logits are made and used for some tokens after the others, never for all at once.
-    pub fn head(
-        &mut self,
-        h: &Buffer<'_>,
-        wte: &[f32],
-        targets: &[u32],
-        room: &mut Head<'_>,
-        mut backward: Option<HeadBackward<'_, '_>>,
-    ) -> f64 {
-        let mut sum = 0.0;
-        for first in (0..targets.len()).step_by(room.tokens) {
-            let rows = first..targets.len().min(first + room.tokens);
-            let (h, targets) = (h.view().rows_from(first), &targets[rows.clone()]);
-            sum += self.losses(h, wte, targets, room);
-            if let Some(HeadBackward { dwte, dh, scale }) = &mut backward {
-                self.head_backward(h, (wte, dwte), targets, room, dh, rows, *scale);
-            }
-        }
-        sum
-    }
-
-    /// Computes logits, and leaves each token's maximum and sum of exponentials in the first rows.
-    fn losses(&mut self, h: Rows<'_>, wte: &[f32], targets: &[u32], room: &mut Head<'_>) -> f64 {
-        let (c, tokens, threads) = (h.columns(), targets.len(), self.pool.n_threads());
-        let (stride, v) = (padded_stride(tokens), wte.len() / c);
-        let vocabulary: Vec<_> = vocabulary(v, threads).collect();
-        let logits = cut(room.logits, times(vocabulary.iter().cloned(), stride));
-        let blocks = || (0..threads).map(|i| share(v.div_ceil(BLOCK), threads, i));
-        let maxima = cut(room.maxima, times(blocks(), stride));
-        let sums = maxima.into_iter().zip(cut(room.sums, times(blocks(), stride)));
-        let parts = vocabulary.iter().zip(logits).zip(sums).zip(&mut self.scratch).collect();
-        let (isa, precision) = (self.isa, self.precision);
-        type Part<'p> = (((&'p Range<usize>, &'p mut [f32]), (&'p mut [f32], &'p mut [f32])), &'p mut Scratch);
-        self.pool.run(parts, |(((rows, logits), (maxima, sums)), scratch): Part<'_>| {
-            let a = Operand::of(Rows::new(&wte[rows.start * c..rows.end * c], c, c));
-            let b = Operand::transposed(h);
-            for out in Columns::split(logits, stride, rows.len(), [0..tokens]) {
-                Gemm { a, b, k: c, adds: false, bias: &[], out }.run(isa, precision, &mut scratch.gemm);
-            }
-            let logits = Rows::new(logits, stride, tokens);
-            isa.run(BlockSums { logits, rows: rows.len(), maxima, sums });
-        });
-        let merged = v.div_ceil(BLOCK) * stride;
-        let (maxima, sums) = (&mut room.maxima[..merged], &mut room.sums[..merged]);
-        isa.run(MergeBlocks { maxima, sums, tokens, stride });
-        let loss = |(token, &target): (usize, &u32)| {
-            let logit = room.logits[target as usize * stride + token];
-            cross_entropy::loss(logit, room.maxima[token], room.sums[token])
-        };
-        in_default_mode(|| targets.iter().enumerate().map(loss).sum())
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn head_backward(
-        &mut self,
-        h: Rows<'_>,
-        (wte, dwte): (&[f32], &mut [f32]),
-        targets: &[u32],
-        room: &mut Head<'_>,
-        dh: &mut Buffer<'_>,
-        rows: Range<usize>,
-        scale: f32,
-    ) {
-        let (c, tokens, threads) = (h.columns(), targets.len(), self.pool.n_threads());
-        let (stride, v) = (padded_stride(tokens), wte.len() / c);
-        let vocabulary: Vec<_> = vocabulary(v, threads).collect();
-        let logits = cut(room.logits, times(vocabulary.iter().cloned(), stride));
-        let dwtes = cut(dwte, times(vocabulary.iter().cloned(), c));
-        let parts = vocabulary.iter().zip(logits).zip(dwtes).zip(&mut self.scratch).collect();
-        let (max, sum) = (&room.maxima[..tokens], &room.sums[..tokens]);
-        let (isa, precision) = (self.isa, self.precision);
-        type Part<'p> = (((&'p Range<usize>, &'p mut [f32]), &'p mut [f32]), &'p mut Scratch);
-        self.pool.run(parts, |(((rows, logits), dwte), scratch): Part<'_>| {
-            let first = rows.start;
-            isa.run(LogitsBackward { logits, stride, first, targets, max, sum, scale });
-            let (a, b) = (Operand::of(Rows::new(logits, stride, tokens)), Operand::of(h));
-            for out in Columns::split(dwte, c, rows.len(), [0..c]) {
-                Gemm { a, b, k: tokens, adds: true, bias: &[], out }.run(isa, precision, &mut scratch.gemm);
-            }
-        });
-        let a = Operand::transposed(Rows::new(&room.logits[..v * stride], stride, tokens));
-        let b = Operand::of(Rows::new(wte, c, c));
-        let parts = dh.split(rows, panels(c, threads)).into_iter().zip(&mut self.scratch).collect();
-        self.pool.run(parts, |(out, scratch): (Columns<'_>, &mut Scratch)| {
-            Gemm { a, b, k: v, adds: false, bias: &[], out }.run(isa, precision, &mut scratch.gemm);
-        });
-    }
-
     /// The root of the sum of squares: of blocks in float32, of the blocks' sums, in ascending order, in float64.
     pub fn norm_of(&mut self, values: &[f32], sums: &mut Vec<f32>) -> f64 {
         let threads = self.pool.n_threads();
@@ -433,7 +350,6 @@ impl Workers {
                 let weights = &mut weights[both.clone()];
                 let (exp_avg, exp_avg_sq) = (&mut exp_avg[both.clone()], &mut exp_avg_sq[both]);
                 isa.run(AdamW { rule, gradients, weights, exp_avg, exp_avg_sq });
-                gradients.fill(0.0);
             }
         });
     }
@@ -448,58 +364,11 @@ impl Attention {
         let hs = c / n_head;
         let head = |index: usize| {
             let rows = qkv.rows_from(index / n_head * tokens);
-            let of = |part: usize| rows.columns_of(part * c + index % n_head * hs..part * c + (index % n_head + 1) * hs);
+            let of = |part: usize| {
+                rows.columns_of(part * c + index % n_head * hs..part * c + (index % n_head + 1) * hs)
+            };
             flash_attention::Head { q: of(0), k: of(1), v: of(2), tokens, scale, mask, index }
         };
         (0..sequences * n_head).map(head).collect()
     }
-}
-
-/// Each thread's columns: whole panels.
-fn panels(n: usize, threads: usize) -> impl Iterator<Item = Range<usize>> {
-    let count = n.div_ceil(NR);
-    (0..threads).map(move |i| {
-        let panels = share(count, threads, i);
-        (panels.start * NR).min(n)..(panels.end * NR).min(n)
-    })
-}
-
-/// Each thread's rows of the vocabulary: whole blocks.
-fn vocabulary(v: usize, threads: usize) -> impl Iterator<Item = Range<usize>> {
-    let count = v.div_ceil(BLOCK);
-    (0..threads).map(move |i| {
-        let blocks = share(count, threads, i);
-        (blocks.start * BLOCK).min(v)..(blocks.end * BLOCK).min(v)
-    })
-}
-
-/// Rows as ranges of values.
-fn times(rows: impl Iterator<Item = Range<usize>>, stride: usize) -> impl Iterator<Item = Range<usize>> {
-    rows.map(move |rows| rows.start * stride..rows.end * stride)
-}
-
-/// These neighbouring ranges of `values`, from the first one on.
-fn cut<T>(values: &mut [T], ranges: impl IntoIterator<Item = Range<usize>>) -> Vec<&mut [T]> {
-    let mut rest = values;
-    let mut parts = Vec::new();
-    for range in ranges {
-        let (part, after) = rest.split_at_mut(range.len().min(rest.len()));
-        rest = after;
-        parts.push(part);
-    }
-    parts
-}
-
-/// Two of the tensors, in the order of their places.
-fn two_of<'a>(values: &'a mut [f32], first: &Range<usize>, second: &Range<usize>) -> (&'a mut [f32], &'a mut [f32]) {
-    let (before, behind) = values.split_at_mut(second.start);
-    (&mut before[first.clone()], &mut behind[..second.len()])
-}
-
-/// Units of equal cost, in order, to the threads.
-fn deal<'s, U>(units: Vec<U>, scratch: &'s mut [Scratch]) -> Vec<(Vec<U>, &'s mut Scratch)> {
-    let (n, count) = (scratch.len(), units.len());
-    let mut units = units.into_iter();
-    let part = |(i, scratch): (usize, &'s mut Scratch)| (units.by_ref().take(share(count, n, i).len()).collect(), scratch);
-    scratch.iter_mut().enumerate().map(part).collect()
 }

@@ -16,7 +16,7 @@ use gpt2rs::pool::Columns;
 /// The gradient of `loss` at `x`, by central differences.
 pub fn differences(x: &[f64], mut loss: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
     const STEP: f64 = 1e-4;
-    let mut x = x.to_vec();
+    let (mut x, n) = (x.to_vec(), x.len());
     let mut slope = |i: usize| {
         let middle = x[i];
         let mut at = |value: f64| {
@@ -27,7 +27,7 @@ pub fn differences(x: &[f64], mut loss: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
         x[i] = middle;
         slope
     };
-    (0..x.len()).map(&mut slope).collect()
+    (0..n).map(&mut slope).collect()
 }
 
 pub fn wide(values: &[f32]) -> Vec<f64> {

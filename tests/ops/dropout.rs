@@ -33,7 +33,8 @@ fn as_many_are_dropped_as_asked() {
 
 #[test]
 fn every_key_and_place_has_a_mask_of_its_own() {
-    let places = [Place::Embedding, Place::Attention(0), Place::Attended(0), Place::Mlp(0), Place::Attention(1)];
+    let places =
+        [Place::Embedding, Place::Attention(0), Place::Attended(0), Place::Mlp(0), Place::Attention(1)];
     let mut masks: Vec<Vec<f32>> = places.map(|place| factors(mask(1, 1, 1, 0.5, place), 2)).to_vec();
     for (seed, step, micro_step) in [(2, 1, 1), (1 << 40, 1, 1), (1, 2, 1), (1, 1, 2)] {
         masks.push(factors(mask(seed, step, micro_step, 0.5, Place::Embedding), 2));
@@ -98,13 +99,15 @@ fn adamw() {
         };
         let found = on_every_isa(|isa| {
             let (mut weights, mut m, mut v) = (weights.clone(), m.clone(), v.clone());
+            let mut gradients = gradients.clone();
             isa.run(AdamW {
                 rule,
-                gradients: &gradients,
+                gradients: &mut gradients,
                 weights: &mut weights,
                 exp_avg: &mut m,
                 exp_avg_sq: &mut v,
             });
+            assert!(gradients.iter().all(|&gradient| gradient == 0.0));
             [weights, m, v].concat()
         });
         weights = found[..n].to_vec();

@@ -92,7 +92,9 @@ impl Case {
 /// 20 roundings more.
 #[test]
 fn against_finite_differences() {
-    for (tokens, hs, rate) in [(1, 4, 0.0), (7, 5, 0.0), (19, 6, 0.3), (66, 3, 0.0), (70, 7, 0.2), (64, 16, 0.5)] {
+    for (tokens, hs, rate) in
+        [(1, 4, 0.0), (7, 5, 0.0), (19, 6, 0.3), (66, 3, 0.0), (70, 7, 0.2), (64, 16, 0.5)]
+    {
         let case = Case::new(tokens, hs, rate);
         let found = on_every_isa(|isa| case.compute(isa, Precision::Float32));
         let (factors, qkv, dout) = (case.factors(), wide(&case.qkv), wide(&case.dout));

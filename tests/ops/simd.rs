@@ -222,6 +222,62 @@ fn rounding_to_bfloat16_is_to_nearest_even() {
     }
 }
 
+kernel!(RoundToPairs { first: &'a [f32; LANES], second: &'a [f32; LANES] } -> [[bf16; 2]; LANES], |simd, this| {
+    let mut out = [[bf16::ZERO; 2]; LANES];
+    simd.round_to_pairs(simd.load(this.first), simd.load(this.second), &mut out);
+    out
+});
+
+/// As [`rounding_to_bfloat16_is_to_nearest_even`] has it, the second of a pair before the first.
+#[test]
+fn rounding_to_pairs_exchanges_the_two() {
+    let mut random = Random(12);
+    for _ in 0..2000 {
+        let mut value = || f32::from_bits(random.bits() as u32);
+        let both: [[f32; LANES]; 2] = std::array::from_fn(|_| std::array::from_fn(|_| value()));
+        let expected: [[u16; 2]; LANES] =
+            std::array::from_fn(|i| [both[1][i], both[0][i]].map(|value| bf16::from_f32(value).to_bits()));
+        for isa in Isa::available() {
+            let found = isa.run(RoundToPairs { first: &both[0], second: &both[1] });
+            assert_eq!(found.map(|pair| pair.map(bf16::to_bits)), expected, "{}", isa.name());
+        }
+    }
+}
+
+kernel!(Transpose { rows: &'a [[f32; LANES]; LANES] } -> [[u32; LANES]; LANES], |simd, this| {
+    let mut rows = [simd.splat(0.0); LANES];
+    for i in 0..LANES {
+        rows[i] = simd.load(&this.rows[i]);
+    }
+    let columns = simd.transpose(rows);
+    let mut out = [[0; LANES]; LANES];
+    for i in 0..LANES {
+        out[i] = stored(simd, columns[i]);
+    }
+    out
+});
+
+#[test]
+fn rows_become_columns() {
+    let rows = std::array::from_fn(|i| std::array::from_fn(|j| (LANES * i + j) as f32));
+    let expected = std::array::from_fn(|j| std::array::from_fn(|i| ((LANES * i + j) as f32).to_bits()));
+    check(Transpose { rows: &rows }, &expected);
+}
+
+kernel!(Sqrt { values: &'a [f32; LANES] } -> [u32; LANES], |simd, this| {
+    stored(simd, simd.sqrt(simd.load(this.values)))
+});
+
+#[test]
+fn square_roots_are_rounded_once() {
+    let mut random = Random(13);
+    for _ in 0..2000 {
+        let values: [f32; LANES] =
+            std::array::from_fn(|_| f32::from_bits(random.bits() as u32 >> 1 & 0x7f7f_ffff));
+        check(Sqrt { values: &values }, &values.map(|value| value.sqrt().to_bits()));
+    }
+}
+
 kernel!(Pairs { pairs: &'a [[bf16; 2]; LANES] } -> [[u32; LANES]; 2], |simd, this| {
     let pairs = simd.load_pairs(this.pairs);
     [stored(simd, simd.first_of_pairs(pairs)), stored(simd, simd.second_of_pairs(pairs))]

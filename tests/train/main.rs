@@ -3,7 +3,9 @@
 use gpt2rs::simd::Isa;
 use gpt2rs::train::{Batch, Kind, Options, Pass, Trainer};
 
+mod bits;
 mod golden;
+mod model;
 #[path = "../npz/mod.rs"]
 mod npz;
 

@@ -19,17 +19,17 @@ def loss_and_grads(
 ) -> tuple[float, dict[str, NDArray[np.float32]]]:
     """Return the mean cross-entropy of `targets`, and its gradients by every weight.
 
-    inputs: (B, T) integer token ids, T at most n_ctx.  targets: (B, T), what should follow each; for a text x of T + 1
-    tokens these are x[:-1] and x[1:].
+    inputs: (B, T) integer token ids, T at most n_ctx.  targets: (B, T), what should follow each; for a text x
+    of T + 1 tokens these are x[:-1] and x[1:].
 
     The loss is in nats a token.  Gradients are float32 under the checkpoint's names ("wte.weight",
-    "h.0.attn.c_attn.weight", ...), in its shapes; a head that is tied to `wte` has its part in that of `wte`, and
-    biases that the checkpoint left out, zeros, have gradients too.  All is computed in float32, without dropout; a
-    bfloat16 model's weights are widened, which is exact.  The same bits whatever the number of threads and the
-    instruction set.  Takes as much memory as two float32 copies of the weights, and the activations.
+    "h.0.attn.c_attn.weight", ...), in its shapes; a head that is tied to `wte` has its part in that of `wte`,
+    and biases that the checkpoint left out, zeros, have gradients too.  All is computed in float32, without
+    dropout; a bfloat16 model's weights are widened, which is exact.  The same bits whatever the number of
+    threads and the instruction set.  Takes three float32 copies of the weights, and the activations.
 
-    Raises ValueError for ids out of the vocabulary, shapes that do not fit, and models held in int8 or int4, whose
-    weights have no gradients.
+    Raises ValueError for ids out of the vocabulary, shapes that do not fit, and models held in int8 or int4,
+    whose weights have no gradients.
     """
     ids = _ids("inputs", inputs)
     wanted = _ids("targets", targets)
@@ -39,7 +39,8 @@ def loss_and_grads(
     if not ids.size:
         raise ValueError(f"inputs have shape {ids.shape}; there must be at least one token")
     if n_tokens > model.config.n_ctx:
-        raise ValueError(f"inputs have {n_tokens} tokens a sequence; the model has {model.config.n_ctx} positions (n_ctx)")
+        n_ctx = model.config.n_ctx
+        raise ValueError(f"inputs have {n_tokens} tokens a sequence; the model has {n_ctx} positions (n_ctx)")
     trainer = _core.Trainer.of_model(model._core, batch_size=batch_size, n_tokens=n_tokens)
     loss = trainer.accumulate(ids, wanted, step=0, micro_step=0, scale=1.0)
     return loss, {name: trainer.tensor("grad", name) for name in trainer.names()}

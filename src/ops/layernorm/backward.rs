@@ -47,11 +47,8 @@ impl Kernel for LayerNormInput<'_> {
             }
             let mean_g = simd.splat(simd.reduce_add(sum) * scale);
             let mean_g_normed = simd.splat(simd.reduce_add(sum_normed) * scale);
-            for (((x, dy), weight), dx) in x
-                .chunks(LANES)
-                .zip(dy.chunks(LANES))
-                .zip(self.weight.chunks(LANES))
-                .zip(dx.chunks_mut(LANES))
+            for (((x, dy), weight), dx) in
+                x.chunks(LANES).zip(dy.chunks(LANES)).zip(self.weight.chunks(LANES)).zip(dx.chunks_mut(LANES))
             {
                 let g = simd.mul(load_partial(simd, dy), load_partial(simd, weight));
                 let normed = simd.mul(simd.sub(load_partial(simd, x), mean), inverse);

@@ -330,10 +330,12 @@ unsafe fn transpose_eight(rows: [__m256; 8]) -> [__m256; 8] {
         // Half h of `fours[4 i + c]` is column 4 h + c of rows 4 i to 4 i + 3.
         for i in 0..2 {
             let [a, b, c, d] = [rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]];
-            let (ab, cd) = (_mm256_castps_pd(_mm256_unpacklo_ps(a, b)), _mm256_castps_pd(_mm256_unpacklo_ps(c, d)));
+            let (ab, cd) =
+                (_mm256_castps_pd(_mm256_unpacklo_ps(a, b)), _mm256_castps_pd(_mm256_unpacklo_ps(c, d)));
             fours[4 * i] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
             fours[4 * i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
-            let (ab, cd) = (_mm256_castps_pd(_mm256_unpackhi_ps(a, b)), _mm256_castps_pd(_mm256_unpackhi_ps(c, d)));
+            let (ab, cd) =
+                (_mm256_castps_pd(_mm256_unpackhi_ps(a, b)), _mm256_castps_pd(_mm256_unpackhi_ps(c, d)));
             fours[4 * i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
             fours[4 * i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
         }

@@ -105,17 +105,21 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
             // Quarter q of `fours[4 i + c]` is column 4 q + c of rows 4 i to 4 i + 3.
             for i in 0..4 {
                 let [a, b, c, d] = [rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]];
-                let (ab, cd) = (_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpacklo_ps(c, d)));
+                let (ab, cd) =
+                    (_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpacklo_ps(c, d)));
                 fours[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
                 fours[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
-                let (ab, cd) = (_mm512_castps_pd(_mm512_unpackhi_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d)));
+                let (ab, cd) =
+                    (_mm512_castps_pd(_mm512_unpackhi_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d)));
                 fours[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
                 fours[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
             }
             for c in 0..4 {
                 let [r0, r4, r8, r12] = [fours[c], fours[4 + c], fours[8 + c], fours[12 + c]];
-                let (even, odd) = (_mm512_shuffle_f32x4::<0x88>(r0, r4), _mm512_shuffle_f32x4::<0xdd>(r0, r4));
-                let (even_8, odd_8) = (_mm512_shuffle_f32x4::<0x88>(r8, r12), _mm512_shuffle_f32x4::<0xdd>(r8, r12));
+                let (even, odd) =
+                    (_mm512_shuffle_f32x4::<0x88>(r0, r4), _mm512_shuffle_f32x4::<0xdd>(r0, r4));
+                let (even_8, odd_8) =
+                    (_mm512_shuffle_f32x4::<0x88>(r8, r12), _mm512_shuffle_f32x4::<0xdd>(r8, r12));
                 columns[c] = _mm512_shuffle_f32x4::<0x88>(even, even_8);
                 columns[4 + c] = _mm512_shuffle_f32x4::<0x88>(odd, odd_8);
                 columns[8 + c] = _mm512_shuffle_f32x4::<0xdd>(even, even_8);
