@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -148,12 +149,18 @@ def train(
     given = {name: value for name, value in locals().items() if value is not None}
     for name in ("settings", "resume", "plot"):
         given.pop(name, None)
-    trainer = _trainer(settings, resume, given)
-    if plot is None:
-        from importlib.util import find_spec
+    from gpt2rs.train import plot as picture
 
-        plot = find_spec("matplotlib") is not None
-    _run(trainer, plot)
+    if plot and not picture.available():
+        raise ImportError(picture.MISSING)  # before the run rather than after it
+    trainer = _trainer(settings, resume, given)
+    try:
+        trainer.fit()
+    finally:
+        if trainer.resumed and (picture.available() if plot is None else plot):
+            # Whatever ended the run is what there is to tell; a full disk has no room for a picture.
+            with suppress(OSError):
+                print(f"losses and samples: {picture.draw(str(trainer.settings.out))}")
 
 
 def _trainer(settings: str | None, resume: bool, given: dict[str, Any]) -> Trainer:
@@ -170,14 +177,3 @@ def _trainer(settings: str | None, resume: bool, given: dict[str, Any]) -> Train
     if "data" not in values:
         raise typer.BadParameter("give what to train on: --data PATH")
     return Trainer(TrainSettings.of(values))
-
-
-def _run(trainer: Trainer, plot: bool) -> None:
-    from gpt2rs.train.plot import draw
-
-    try:
-        trainer.fit()
-    finally:
-        if plot and trainer.resumed:
-            path = draw(str(trainer.settings.out))
-            print(f"losses and samples: {path}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -12,9 +14,15 @@ import numpy as np
 from .log import read_log
 from .run_folder import RunFolder
 
+MISSING = "the plot needs matplotlib: pip install 'gpt2rs[train]'"
 _SAMPLES = 5
 _COLUMNS, _LINES = 62, 8
 _SMOOTHED_OVER = 0.02
+
+
+def available() -> bool:
+    """Whether there is a matplotlib to draw with."""
+    return find_spec("matplotlib") is not None
 
 
 def draw(run: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
@@ -23,11 +31,11 @@ def draw(run: str | os.PathLike[str], path: str | os.PathLike[str] | None = None
     path: None: loss.svg in the folder.  Returns where it is.  Raises ImportError without matplotlib, which
     the extra `train` has, FileNotFoundError without a log.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'gpt2rs[train]'") from error
+    if not available():
+        raise ImportError(MISSING)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     folder = RunFolder(Path(run).expanduser())
     events = list(read_log(folder.log))
     steps = [event for event in events if event["event"] == "step"]
@@ -64,7 +72,8 @@ def draw(run: str | os.PathLike[str], path: str | os.PathLike[str] | None = None
             )
     target = folder.plot if path is None else Path(path)
     # Text stays text, and the same run gives the same file.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gpt2rs"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gpt2rs"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
     return target
 
