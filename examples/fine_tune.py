@@ -37,11 +37,11 @@ with TemporaryDirectory() as folder:
         init_from="shakespeare",
         n_ctx=128,  # of the model's 256 positions: shorter sequences are cheaper
         batch_size=8,
-        steps=int(sys.argv[2]) if len(sys.argv) > 2 else 120,
+        steps=int(sys.argv[2]) if len(sys.argv) > 2 else 100,
         lr=1e-3,
         dropout=0.1,
-        eval_every=40,
-        eval_tokens=16_384,
+        eval_every=50,
+        eval_tokens=8_192,
         sample_every=0,
     )
     print("Before:", sample(gpt2rs.GPT2.from_pretrained("shakespeare")), sep="\n")
