@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prose import prose
 
-from conftest import prose
 from gpt2rs.train import TrainSettings
 from gpt2rs.train.corpus import Tokens, open_corpus
 from gpt2rs.train.token_files import ShardWriter, check_ids, open_tokens
