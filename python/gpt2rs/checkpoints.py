@@ -103,7 +103,7 @@ def open_checkpoint(
     given = None if config is None else as_config(config)
     name = os.fspath(name_or_path)
     if name == BUILT_IN:
-        return _open_folder(_MODELS / BUILT_IN, given)
+        return _open_folder(built_in_folder(), given)
     path = Path(name).expanduser()
     if _exists(path):
         return _open_folder(path, given) if path.is_dir() else _open_file(path, given)
@@ -113,6 +113,11 @@ def open_checkpoint(
         name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
     )
     return _open_folder(folder, given)
+
+
+def built_in_folder() -> Path:
+    """Where the model that comes with this package lies."""
+    return _MODELS / BUILT_IN
 
 
 def as_config(config: ConfigLike) -> Config:

@@ -42,10 +42,13 @@ class GPT2:
     stops it within a layer.  Shapes: T tokens, C = n_embd, V = n_vocab.
     """
 
-    def __init__(self, core: _core.Model, *, folder: Path | None = None) -> None:
-        """Wrap a core model; `folder` is where its tokenizer's files are looked for."""
+    def __init__(
+        self, core: _core.Model, *, folder: Path | None = None, tokenizer: tiktoken.Encoding | None = None
+    ) -> None:
+        """Wrap a core model; its tokenizer is the one that is given, or looked for in `folder`."""
         self._core = core
         self._folder = folder
+        self._given_tokenizer = tokenizer
 
     @classmethod
     def from_pretrained(
@@ -225,6 +228,8 @@ class GPT2:
         """
         from .tokenizer import load_tokenizer
 
+        if self._given_tokenizer is not None:
+            return self._given_tokenizer
         return load_tokenizer(self._folder, self.config.n_vocab)
 
     def num_parameters(self, *, lm_head: bool = False) -> int:

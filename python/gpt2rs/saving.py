@@ -13,7 +13,7 @@ from . import _core
 from .checkpoints import PACKED, weights_beside_packed
 
 # What a tokenizer may be kept in; copied as it is.
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "encoder.json",
@@ -71,7 +71,7 @@ def check_packed_folder(folder: Path) -> None:
 def _save(folder: Path, writers: dict[str, Callable[[Path], object]], tokenizer_folder: Path | None) -> None:
     """Every file is complete elsewhere before the first takes its place."""
     if tokenizer_folder is not None:
-        sources = (tokenizer_folder / name for name in _TOKENIZER_FILES)
+        sources = (tokenizer_folder / name for name in TOKENIZER_FILES)
         writers = writers | {
             source.name: partial(shutil.copyfile, source) for source in sources if source.is_file()
         }

@@ -1,4 +1,4 @@
-"""The command line: `gpt2rs generate | info | score | compare | convert | bench`.
+"""The command line: `gpt2rs generate | info | score | compare | convert | train | tokenizer | bench`.
 
 Exit codes: 0; 1 for a mistake or failure, with one line on stderr (GPT2RS_DEBUG=1 shows the traceback); 2 for
 wrong usage; 130 after Ctrl-C; 141, as a shell counts SIGPIPE, when nobody reads the output any more.
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, compare, convert, generate, info, score
+from . import bench, compare, convert, generate, info, score, tokenizer, train
 
 _MISTAKES = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
 
@@ -73,6 +73,8 @@ app.command()(info.info)
 app.command()(score.score)
 app.command()(compare.compare)
 app.command()(convert.convert)
+app.command()(train.train)
+app.add_typer(tokenizer.tokenizer, name="tokenizer")
 app.command()(bench.bench)
 
 
@@ -83,7 +85,7 @@ def gpt2rs(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave."),
     ] = False,
 ) -> None:
-    """Run GPT-2: generate text, look at a model, score a text, compare dtypes, pack weights, measure."""
+    """Run GPT-2 (generate, info, score), compare and convert its weights, train it, measure."""
 
 
 def main() -> None:

@@ -1,0 +1,99 @@
+"""Files and folders that are there as a whole or not at all, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+UNFINISHED = ".unfinished-"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content."""
+    beside = path.with_name(UNFINISHED + path.name)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        _sync(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` at the end; an exception leaves nothing of it."""
+    unfinished = target.with_name(UNFINISHED + target.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for path in unfinished.iterdir():
+            _sync(path)
+        _sync(unfinished)
+        unfinished.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; one that is half removed has another name."""
+    leaving = folder.with_name(UNFINISHED + folder.name)
+    shutil.rmtree(leaving, ignore_errors=True)
+    folder.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Hold the file `path`, made if need be; RuntimeError while another process does.
+
+    The system lets go of it when a process ends, however it does; without such locks nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is training in {path.parent}") from None
+        yield
+
+
+def link(name: Path, target: Path) -> None:
+    """Make `name` a link to `target`, beside it, in one step; nothing where the system has no links."""
+    beside = name.with_name(UNFINISHED + name.name)
+    beside.unlink(missing_ok=True)
+    try:
+        beside.symlink_to(target.name, target_is_directory=True)
+    except (OSError, NotImplementedError):
+        return
+    beside.replace(name)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed left unfinished."""
+    for path in folder.glob(UNFINISHED + "*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or a folder's entries, to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,143 @@
+"""The folder of a run: its settings, its log, and its checkpoints, of which the last and the best stay.
+
+settings.toml    how the run was started
+log.jsonl        what happened, a line each
+step-001000/     a checkpoint: config.json, model.safetensors, the tokenizer's files; beside them
+                 optimizer.safetensors (AdamW's moments) and position.json (where the run was)
+last, best       links to two of these
+loss.svg         the losses, with samples
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import durable
+from .tensor_file import read_tensors, write_tensors
+from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .. import _core
+
+_NAME = re.compile(r"step-(\d{6,})")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: with the weights, the moments and the settings, all that it needs to go on.
+
+    step: how many were made.  The order of the data and the dropout masks are functions of the seed, which
+    is a setting, and of it.  data: a digest of the tokens that are learned from.  seconds: of training.
+    """
+
+    step: int
+    best_step: int | None
+    best_val_loss: float | None
+    data: str
+    seconds: float
+    format: int = _FORMAT
+
+
+class RunFolder:
+    """A run's files; nothing is made before something is saved."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` need not exist."""
+        self.path = path
+        self.settings = path / "settings.toml"
+        self.log = path / "log.jsonl"
+        self.lock = path / ".lock"
+        self.plot = path / "loss.svg"
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The complete checkpoints, by step, ascending."""
+        found = {}
+        for path in self.path.glob("step-*"):
+            match = _NAME.fullmatch(path.name)
+            if match and (path / "position.json").is_file():
+                found[int(match[1])] = path
+        return dict(sorted(found.items()))
+
+    def last(self) -> Path | None:
+        """The latest checkpoint."""
+        return next(reversed(self.checkpoints().values()), None)
+
+    def save(self, core: _core.Trainer, vocabulary: Vocabulary, position: Position, dropout: float) -> Path:
+        """Write a checkpoint, then remove all but it and the best.
+
+        OSError, a full disk for one, leaves the checkpoints that there were.
+        """
+        folder = self.path / f"step-{position.step:06d}"
+        names = {f"transformer.{name}" if name != "lm_head.weight" else name: name for name in core.names()}
+        moments = {f"{kind}.{name}": (kind, name) for kind in _MOMENTS for name in core.names()}
+        config = {
+            **json.loads(core.config.to_json()),
+            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout),
+            "torch_dtype": "float32",
+        }
+        try:
+            with durable.new_folder(folder) as unfinished:
+                write_tensors(
+                    unfinished / "model.safetensors",
+                    {name: core.shape(own) for name, own in names.items()},
+                    lambda name: core.tensor("weight", names[name]),
+                )
+                write_tensors(
+                    unfinished / "optimizer.safetensors",
+                    {key: core.shape(name) for key, (_, name) in moments.items()},
+                    lambda key: core.tensor(*moments[key]),
+                )
+                vocabulary.save(unfinished)
+                for name, content in (("config.json", config), ("position.json", asdict(position))):
+                    (unfinished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            last = self.last()
+            rest = f"the last good one is {last}" if last else "there is none yet"
+            raise type(error)(f"cannot write the checkpoint {folder}: {error}; {rest}") from error
+        self._tidy(position)
+        return folder
+
+    def _tidy(self, position: Position) -> None:
+        kept = self.checkpoints()
+        durable.link(self.path / "last", kept[position.step])
+        if position.best_step in kept:
+            durable.link(self.path / "best", kept[position.best_step])
+        for step, folder in kept.items():
+            if step not in (position.step, position.best_step):
+                durable.remove_folder(folder)
+
+
+def read_position(folder: Path) -> Position:
+    """Where the run was when it wrote a checkpoint; ValueError for a file of another program or version."""
+    path = folder / "position.json"
+    try:
+        position = Position(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a position of a run: {error}") from None
+    if position.format != _FORMAT:
+        raise ValueError(f"{path}: format {position.format}, expected {_FORMAT}")
+    return position
+
+
+def read_moments(core: _core.Trainer, folder: Path) -> None:
+    """Give a core the moments of a checkpoint, whose weights it has."""
+    path = folder / "optimizer.safetensors"
+    shapes = {f"{kind}.{name}": core.shape(name) for kind in _MOMENTS for name in core.names()}
+    for key, tensor in read_tensors(path, shapes).items():
+        kind, _, name = key.partition(".")
+        core.set_tensor(kind, name, _copied(tensor))
+
+
+def _copied(tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+    """An array of its own, which a mapped file is not: the core borrows it."""
+    return np.array(tensor, np.float32)
