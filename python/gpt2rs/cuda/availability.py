@@ -60,7 +60,7 @@ def devices() -> list[Device]:
     except RuntimeError as error:
         raise Unavailable(f"NVRTC, which compiles the kernels, is not installed: {_INSTALL}") from error
     try:
-        (error,) = cu.cuInit(0)
+        error, *_ = cu.cuInit(0)
     except RuntimeError as error:
         # How cuda-python says that there is no libcuda.
         raise Unavailable("this machine has no NVIDIA driver (libcuda): install one, 580 or newer") from error

@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -176,7 +175,6 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
-@cache
 def _library_size() -> int:
     """Of NVRTC: it tells builds apart that have the same version."""
     from pathlib import Path

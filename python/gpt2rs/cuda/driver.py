@@ -6,12 +6,15 @@ from typing import Any
 
 
 class DriverError(RuntimeError):
-    """A driver call that failed; `name` is CUDA's name of the error, such as "CUDA_ERROR_OUT_OF_MEMORY"."""
+    """A driver call that failed: CUDA's name of the error, and what the driver says about it."""
 
-    def __init__(self, name: str, text: str) -> None:
-        """text: what the driver says about the error."""
-        super().__init__(f"{name}, {text}")
-        self.name = name
+    @classmethod
+    def of(cls, error: Any) -> DriverError:
+        """From the code that a call returned."""
+        name = str(getattr(error, "name", error))
+        _, text = api().cuGetErrorString(error)
+        said = text.decode(errors="replace") if isinstance(text, bytes) else "unknown to the driver"
+        return cls(f"{name}, {said}")
 
 
 def api() -> Any:
@@ -25,12 +28,5 @@ def call(function: Any, *args: Any) -> Any:
     """What a driver function gives: None, one value, or a tuple; `DriverError` where it fails."""
     error, *values = function(*args)
     if int(error) != 0:
-        raise DriverError(*described(error))
+        raise DriverError.of(error)
     return values[0] if len(values) == 1 else tuple(values) or None
-
-
-def described(error: Any) -> tuple[str, str]:
-    """An error's name and its description, without the calls that could fail again."""
-    name = str(getattr(error, "name", error))
-    _, text = api().cuGetErrorString(error)
-    return name, text.decode(errors="replace") if isinstance(text, bytes) else "an error unknown to the driver"

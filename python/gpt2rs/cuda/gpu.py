@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from . import compiler
 from .availability import Device, in_units
-from .driver import DriverError, api, call, described
+from .driver import DriverError, api, call
 from .machine import Buffer, Launch
 
 # What a kernel gets without asking, in bytes of dynamic shared memory.
@@ -96,6 +96,7 @@ class Gpu:
             flags = cu.CU_MEMHOSTALLOC_PORTABLE | cu.CU_MEMHOSTALLOC_DEVICEMAP
             host = int(self._taken(cu.cuMemHostAlloc(max(n_bytes, 1), flags), n_bytes))
             memory = _Allocation(self, host, self._handles.free_host)
+            ctypes.memset(host, 0, n_bytes)
             return PinnedMailbox(memory, int(self._done(cu.cuMemHostGetDevicePointer(host, 0))), n_bytes)
 
     def upload(self, buffer: Buffer, data: NDArray[np.generic], offset: int = 0) -> None:
@@ -230,11 +231,10 @@ class Gpu:
         """The value of a driver call that went well; else the end of this machine."""
         error, *values = outcome
         if int(error) != 0:
-            name, text = described(error)
             # A context that a kernel has broken says so to every call, in this process for good.
             broken = self._cu.cuCtxSynchronize()[0] == error
             remedy = "start a new process to use this GPU again" if broken else "load the model again"
-            self._failure = f"{what} on {self.device}: {name}, {text}; {remedy}"
+            self._failure = f"{what} on {self.device}: {DriverError.of(error)}; {remedy}"
             raise RuntimeError(self._failure)
         return values[0] if len(values) == 1 else tuple(values)
 
