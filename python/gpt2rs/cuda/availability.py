@@ -49,7 +49,7 @@ class Device:
 
 
 def devices() -> list[Device]:
-    """The GPUs that the driver lists, at least one; `Unavailable` where anything on the way to them is missing."""
+    """The GPUs that the driver lists, at least one; `Unavailable` where anything on the way is missing."""
     try:
         cu = api()
         from . import compiler
@@ -60,16 +60,13 @@ def devices() -> list[Device]:
     except RuntimeError as error:
         raise Unavailable(f"NVRTC, which compiles the kernels, is not installed: {_INSTALL}") from error
     try:
-        error, *_ = cu.cuInit(0)
+        started, *_ = cu.cuInit(0)
     except RuntimeError as error:
         # How cuda-python says that there is no libcuda.
         raise Unavailable("this machine has no NVIDIA driver (libcuda): install one, 580 or newer") from error
-    _check_started(cu, error)
+    _check_started(cu, started)
     _check_driver(call(cu.cuDriverGetVersion), compiler_version)
-    count = call(cu.cuDeviceGetCount)
-    if count == 0:
-        raise Unavailable(_NO_GPU)
-    return [_device(cu, ordinal) for ordinal in range(count)]
+    return [_device(cu, ordinal) for ordinal in range(call(cu.cuDeviceGetCount))]
 
 
 def device(ordinal: int) -> Device:
@@ -89,15 +86,13 @@ def in_units(n_bytes: int) -> str:
     return f"{n_bytes} bytes"
 
 
-_NO_GPU = "the NVIDIA driver finds no GPU"
-
-
 def _check_started(cu: Any, error: Any) -> None:
     if int(error) == 0:
         return
     if error == cu.CUresult.CUDA_ERROR_NO_DEVICE:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        raise Unavailable(_NO_GPU if visible is None else f"{_NO_GPU}; CUDA_VISIBLE_DEVICES is {visible!r}")
+        hidden = "" if visible is None else f"; CUDA_VISIBLE_DEVICES is {visible!r}"
+        raise Unavailable(f"the NVIDIA driver finds no GPU{hidden}")
     raise Unavailable(f"the NVIDIA driver does not start: {DriverError.of(error)}")
 
 
@@ -108,7 +103,7 @@ def _check_driver(version: int, compiler_version: str) -> None:
     needed = max((major, 0), OLDEST_DRIVER)
     if found >= needed:
         return
-    either = "" if found < OLDEST_DRIVER else f", or {_INSTALL.replace('cuda', f'cuda{found[0]}')} for this one"
+    either = "" if found < OLDEST_DRIVER else ", or for this one pip install 'gpt2rs[cuda12]'"
     raise Unavailable(
         f"the NVIDIA driver is for CUDA {found[0]}.{found[1]} and the compiler needs one for "
         f"{needed[0]}.{needed[1]} or newer: update the driver{either}"

@@ -137,7 +137,9 @@ def compile_source(source: Source, arch: str, options: Sequence[str] = ()) -> Co
         (error,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
         log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
         if int(error) != 0:
-            raise RuntimeError(f"{source.name} does not compile for {arch}: {_first_error(log) or _name(error)}")
+            raise RuntimeError(
+                f"{source.name} does not compile for {arch}: {_first_error(log) or _name(error)}"
+            )
         return Compiled(source.name, _bytes(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log)
     finally:
         nvrtc.nvrtcDestroyProgram(program)

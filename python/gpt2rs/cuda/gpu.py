@@ -13,7 +13,7 @@ import os
 import struct
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import compiler
-from .availability import Device, in_units
+from .availability import Device, Unavailable, in_units
 from .driver import DriverError, api, call
 from .machine import Buffer, Launch
 
@@ -32,11 +32,24 @@ _STAGING = 1 << 20
 _ALIGNMENT = 256
 
 
-def open_gpu(device: Device) -> Gpu:
-    """A GPU with the package's kernels, compiled for it or taken from the cache; RuntimeError where it can't be
-    used."""
-    arch = compiler.architecture(device.major, device.minor)
-    return Gpu(device, arch, compiler.build(compiler.package_sources(), arch))
+def open_gpu(device: Device, n_bytes: int = 0) -> Gpu:
+    """A GPU with the package's kernels, compiled for it or taken from the cache.
+
+    n_bytes: what must be free of its memory.  `Unavailable` where there is less, or it can't be used.
+    """
+    try:
+        arch = compiler.architecture(device.major, device.minor)
+        cubins = compiler.build(compiler.package_sources(), arch)
+    except RuntimeError as error:
+        raise Unavailable(str(error)) from error
+    gpu = Gpu(device, arch, cubins)
+    free, total = gpu.memory()
+    if n_bytes > free:
+        raise Unavailable(
+            f"{device} has {in_units(free)} of {in_units(total)} of memory free; the weights and the keys and "
+            f"values of one sequence take {in_units(n_bytes)}"
+        )
+    return gpu
 
 
 class Gpu:
@@ -57,7 +70,7 @@ class Gpu:
             handles.open(cubins)
         except DriverError as error:
             handles.close()
-            raise RuntimeError(f"{device} can't be used: {error}") from error
+            raise Unavailable(f"{device} can't be used: {error}") from error
         self._staged = 0
 
     @property
@@ -69,6 +82,11 @@ class Gpu:
     def n_sm(self) -> int:
         """Number of streaming multiprocessors."""
         return self._handles.n_sm
+
+    @property
+    def usable(self) -> bool:
+        """Whether it has not failed, and is this process's own."""
+        return self._failure is None and os.getpid() == self._pid
 
     def memory(self) -> tuple[int, int]:
         """Bytes of memory that are free, and in all."""
@@ -168,11 +186,44 @@ class Gpu:
         with self._turn():
             self._done(self._cu.cuGraphLaunch(graph.runnable, self._handles.stream))
 
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        """Queue a copy of one buffer into another of the same size."""
+        if target.n_bytes != source.n_bytes:
+            raise ValueError(f"a buffer of {source.n_bytes} bytes is not copied into one of {target.n_bytes}")
+        with self._turn():
+            self._done(
+                self._cu.cuMemcpyDtoDAsync(
+                    target.address, source.address, source.n_bytes, self._handles.stream
+                )
+            )
+
+    @contextmanager
+    def timed(self) -> Iterator[Callable[[], float]]:
+        """Times what is queued inside: gives a function that waits for it and returns the seconds."""
+        cu, stream = self._cu, self._handles.stream
+        with self._turn():
+            events = [self._done(cu.cuEventCreate(cu.CUevent_flags.CU_EVENT_DEFAULT)) for _ in range(2)]
+            self._done(cu.cuEventRecord(events[0], stream))
+
+        def seconds() -> float:
+            with self._turn():
+                self._wait()
+                milliseconds = self._done(cu.cuEventElapsedTime(*events))
+                for event in events:
+                    cu.cuEventDestroy(event)
+                return float(milliseconds) / 1e3
+
+        yield seconds
+        with self._turn():
+            self._done(cu.cuEventRecord(events[1], stream))
+
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """One thread's turn at the queue, with the context current; refuses a machine that has failed."""
         if os.getpid() != self._pid:
-            raise RuntimeError(f"{self.device} was opened before this process was forked off: load the model in it")
+            raise RuntimeError(
+                f"{self.device} was opened before this process was forked off: load the model in it"
+            )
         with self._lock:
             if self._failure is not None:
                 raise RuntimeError(self._failure)
@@ -193,22 +244,31 @@ class Gpu:
         # Each argument in a place of 8 bytes, and a list of the places.
         values = bytearray(8 * max(len(launch.args), 1))
         for i, arg in enumerate(launch.args):
-            struct.pack_into(_layout(arg), values, 8 * i, arg if isinstance(arg, int | float) else arg.address)
+            struct.pack_into(
+                _layout(arg), values, 8 * i, arg if isinstance(arg, int | float) else arg.address
+            )
         held = (ctypes.c_char * len(values)).from_buffer(values)
         start = ctypes.addressof(held)
         places = (ctypes.c_uint64 * max(len(launch.args), 1))(*range(start, start + 8 * len(launch.args), 8))
         self._done(
-            self._cu.cuLaunchKernel(
-                kernel.function,
-                *launch.grid,
-                *(launch.block, 1, 1),
-                launch.smem,
-                stream,
-                ctypes.addressof(places),
-                0,
-            ),
+            self._queued(kernel, launch, stream, ctypes.addressof(places)),
             f'kernel "{kernel.name}" was not launched',
         )
+
+    def _queued(self, kernel: _Kernel, launch: Launch, stream: Any, places: int) -> Any:
+        cu = self._cu
+        if not launch.overlap or self.device.major < 9:
+            return cu.cuLaunchKernel(
+                kernel.function, *launch.grid, launch.block, 1, 1, launch.smem, stream, places, 0
+            )
+        config, attribute = cu.CUlaunchConfig(), cu.CUlaunchAttribute()
+        attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.block, 1, 1
+        config.sharedMemBytes, config.hStream = launch.smem, stream
+        config.attrs, config.numAttrs = [attribute], 1
+        return cu.cuLaunchKernelEx(config, kernel.function, places, 0)
 
     def _kernel(self, name: str) -> _Kernel:
         if name not in self._kernels:
@@ -243,7 +303,7 @@ class Gpu:
         if outcome[0] != self._cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             return self._done(outcome)
         free, total = self._done(self._cu.cuMemGetInfo())
-        raise RuntimeError(
+        raise Unavailable(
             f"out of memory on {self.device}: {in_units(n_bytes)} were asked for, "
             f"{in_units(int(free))} of {in_units(int(total))} are free"
         )
@@ -299,7 +359,7 @@ class PinnedMailbox(DeviceBuffer):
         held = (ctypes.c_uint8 * self.n_bytes).from_address(self.memory.address)
         # The view keeps the memory, not only its address.
         held._memory = self.memory  # type: ignore[attr-defined]
-        return np.frombuffer(held, np.uint8)
+        return np.frombuffer(memoryview(held), np.uint8)
 
 
 class CapturedGraph:
@@ -327,12 +387,12 @@ class _Allocation:
 
 
 def _end_memory(gpu: Gpu, free: Any, address: int) -> None:
-    if gpu._failure is None and os.getpid() == gpu._pid:
+    if gpu.usable:
         free(address)
 
 
 def _end_graph(gpu: Gpu, runnable: Any, memory: list[_Allocation]) -> None:
-    if gpu._failure is None and os.getpid() == gpu._pid:
+    if gpu.usable:
         gpu._handles.end_graph(runnable)
     memory.clear()
 
@@ -367,20 +427,19 @@ class _Handles:
         self._ordinal = ordinal
         self._pid = os.getpid()
         self._modules: list[Any] = []
-        self._undo: list[Any] = []
+        self._undo: list[tuple[Any, ...]] = []
 
     def open(self, cubins: Sequence[bytes]) -> None:
         """Take everything; `DriverError` where something is refused, which `close` then leaves out."""
         cu = self.cu
         device = call(cu.cuDeviceGet, self._ordinal)
         attribute = cu.CUdevice_attribute
-        self.n_sm = call(
-            cu.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device
-        )
+        self.n_sm = call(cu.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)
         pools = call(cu.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED, device)
         self.context = call(cu.cuDevicePrimaryCtxRetain, device)
         self._device = device
-        with self._current():
+        call(cu.cuCtxPushCurrent, self.context)
+        try:
             # Not ordered with the legacy default stream, which other libraries may use.
             self.stream = self._stream()
             self.capture_stream = self._stream()
@@ -391,13 +450,13 @@ class _Handles:
             for cubin in cubins:
                 self._modules.append(call(cu.cuModuleLoadData, cubin))
                 self._undo.append((cu.cuModuleUnload, self._modules[-1]))
+        finally:
+            cu.cuCtxPopCurrent()
 
     def close(self) -> None:
         """Give everything back, last first; what a broken context refuses goes with the process."""
         if os.getpid() == self._pid and self.context is not None:
-            with self._current():
-                for function, handle in reversed(self._undo):
-                    function(handle)
+            self._quietly(*reversed(self._undo))
             self.cu.cuDevicePrimaryCtxRelease(self._device)
         self.context = None
 
@@ -419,29 +478,24 @@ class _Handles:
 
     def free(self, address: int) -> None:
         """Give device memory back, behind what is queued."""
-        with self._current():
-            if self.pool is None:
-                self.cu.cuMemFree(address)
-            else:
-                self.cu.cuMemFreeAsync(address, self.stream)
+        if self.pool is None:
+            self._quietly((self.cu.cuMemFree, address))
+        else:
+            self._quietly((self.cu.cuMemFreeAsync, address, self.stream))
 
     def free_host(self, address: int) -> None:
         """Give pinned memory back; kernels may still be writing to it."""
-        with self._current():
-            self.cu.cuStreamSynchronize(self.stream)
-            self.cu.cuMemFreeHost(address)
+        self._quietly((self.cu.cuStreamSynchronize, self.stream), (self.cu.cuMemFreeHost, address))
 
     def end_graph(self, runnable: Any) -> None:
         """Give a graph back."""
-        with self._current():
-            self.cu.cuGraphExecDestroy(runnable)
+        self._quietly((self.cu.cuGraphExecDestroy, runnable))
 
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        self.cu.cuCtxPushCurrent(self.context)
-        try:
-            yield
-        finally:
+    def _quietly(self, *calls: tuple[Any, ...]) -> None:
+        """Make calls that give something back; what a broken context refuses goes with the process."""
+        if int(self.cu.cuCtxPushCurrent(self.context)[0]) == 0:
+            for function, *args in calls:
+                function(*args)
             self.cu.cuCtxPopCurrent()
 
     def _stream(self) -> Any:

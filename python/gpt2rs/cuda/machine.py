@@ -35,6 +35,8 @@ class Launch:
 
     args: in the kernel's order; a `Buffer` is passed as a 64-bit address, an int as a 32-bit signed integer,
     a float as a float32.  grid and block count blocks and threads, smem the bytes of dynamic shared memory.
+    overlap: it may begin while the launch before it ends, since it waits by itself for that (griddepcontrol.wait)
+    before it touches what the other writes, or writes what the other reads; where the GPU can't, it begins after.
     """
 
     kernel: str
@@ -42,6 +44,7 @@ class Launch:
     block: int
     smem: int
     args: tuple[Buffer | int | float, ...]
+    overlap: bool = False
 
 
 class Graph(Protocol):

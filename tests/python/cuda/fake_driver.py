@@ -9,6 +9,7 @@ are Python functions that get the bytes of their parameters as the driver reads 
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 import threading
 import types
@@ -110,6 +111,23 @@ class Gpu:
     smem: int = 227 * 1024
 
 
+class CUlaunchAttributeID(IntEnum):
+    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class CUlaunchAttribute:
+    def __init__(self) -> None:
+        self.id: Any = None
+        self.value = types.SimpleNamespace(programmaticStreamSerializationAllowed=0)
+
+
+class CUlaunchConfig:
+    __slots__ = (
+        *("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ"),
+        *("sharedMemBytes", "hStream", "attrs", "numAttrs"),
+    )
+
+
 @dataclass
 class Stream:
     queue: list[Callable[[], None]] = field(default_factory=list)
@@ -141,6 +159,9 @@ class FakeDriver(types.ModuleType):
     CUmemLocationType = CUmemLocationType
     CUmemPool_attribute = CUmemPool_attribute
     CUmemPoolProps = CUmemPoolProps
+    CUlaunchAttributeID = CUlaunchAttributeID
+    CUlaunchAttribute = CUlaunchAttribute
+    CUlaunchConfig = CUlaunchConfig
     cuuint64_t = int
     CU_MEMHOSTALLOC_PORTABLE = 1
     CU_MEMHOSTALLOC_DEVICEMAP = 2
@@ -156,6 +177,7 @@ class FakeDriver(types.ModuleType):
         self.memory: dict[int, Memory] = {}
         self.handles: dict[int, Any] = {}
         self.executed: list[str] = []
+        self.overlapping: list[str] = []
         self._sticky = OK
         self._initialized = False
         self._contexts = threading.local()
@@ -163,7 +185,11 @@ class FakeDriver(types.ModuleType):
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        return self._guarded(name, value) if name.startswith("cu") and callable(value) and name != "cuuint64_t" else value
+        return (
+            self._guarded(name, value)
+            if name.startswith("cu") and callable(value) and name != "cuuint64_t"
+            else value
+        )
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """As every call of a driver: no library, an injected error, the error that a kernel left behind."""
@@ -414,6 +440,20 @@ class FakeDriver(types.ModuleType):
 
         return self._queue(hStream, run)
 
+    def cuLaunchKernelEx(
+        self, config: CUlaunchConfig, f: str, kernelParams: int, extra: int
+    ) -> tuple[Any, ...]:
+        [attribute] = config.attrs
+        assert config.numAttrs == 1
+        assert attribute.id == CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        assert attribute.value.programmaticStreamSerializationAllowed == 1
+        self.overlapping.append(f)
+        grid = config.gridDimX, config.gridDimY, config.gridDimZ
+        block = config.blockDimX, config.blockDimY, config.blockDimZ
+        return self.cuLaunchKernel(
+            f, *grid, *block, config.sharedMemBytes, config.hStream, kernelParams, extra
+        )
+
     # Streams, graphs, events.
 
     def cuStreamCreate(self, Flags: int) -> tuple[Any, ...]:
@@ -550,8 +590,7 @@ class FakeNvrtc(types.ModuleType):
         return name + b"(1): catastrophic error: #error directive" if b"#error" in source else b""
 
     def _cubin(self, prog: int) -> bytes:
-        words = self._programs[prog][1].replace(b"(", b" (").split()
-        return cubin(*(words[i + 2].decode() for i, word in enumerate(words) if word == b"__global__"))
+        return cubin(*re.findall(r"KERNEL\([^)]*\)\s*(\w+)", self._programs[prog][1].decode()))
 
 
 @contextmanager

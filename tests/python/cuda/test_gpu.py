@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import struct
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +36,25 @@ def gpu(driver: FakeDriver) -> Gpu:
             int.from_bytes(x, "little"), count
         )
 
-    def count(grid: tuple[int, ...], block: int, smem: int, where: bytes) -> None:
-        driver.view(int.from_bytes(where, "little"), 1, np.int32)[0] += 1
-
     def fail(grid: tuple[int, ...], block: int, smem: int) -> None:
         raise KernelFault
 
-    driver.kernels = {"axpy": Kernel((8, 8, 4, 4), axpy), "count": Kernel((8,), count), "fail": Kernel((), fail)}
+    driver.kernels = {
+        "axpy": Kernel((8, 8, 4, 4), axpy),
+        "count": Kernel((8,), counting(driver)),
+        "fail": Kernel((), fail),
+    }
     driver.cuInit(0)
     return Gpu(DEVICE, "sm_90", [cubin("count"), cubin("axpy", "fail")])
+
+
+def counting(driver: FakeDriver) -> Callable[..., None]:
+    """A kernel that adds 1 to an int32."""
+
+    def count(grid: tuple[int, ...], block: int, smem: int, where: bytes) -> None:
+        driver.view(int.from_bytes(where, "little"), 1, np.int32)[0] += 1
+
+    return count
 
 
 def launch_axpy(y: object, x: object, a: float, n: int) -> Launch:
@@ -208,6 +220,19 @@ class TestKernels:
         message = 'kernel "count" does not get 300000 bytes of shared memory on cuda:0 .*INVALID_VALUE'
         with pytest.raises(RuntimeError, match=message):
             gpu.launch(Launch("count", (1, 1, 1), 32, 300_000, (gpu.alloc(4),)))
+
+    @pytest.mark.parametrize("capability", [(9, 0), (8, 9)])
+    def test_may_begin_early_where_the_gpu_can(self, driver: FakeDriver, capability: tuple[int, int]) -> None:
+        driver.kernels = {"count": Kernel((8,), counting(driver))}
+        driver.cuInit(0)
+        gpu = Gpu(Device(0, "a GPU", *capability, 10**6), "", [cubin("count")])
+        where = gpu.alloc(4)
+        early = dataclasses.replace(launch_count(where), overlap=True)
+        gpu.launch(launch_count(where))
+        gpu.launch(early)
+        gpu.graph([launch_count(where), early]).launch()
+        assert got(gpu, where, 1, np.int32)[0] == 4
+        assert driver.overlapping == (["count"] * 2 if capability >= (9, 0) else [])
 
     def test_may_be_given_a_mailbox(self, gpu: Gpu) -> None:
         box = gpu.mailbox(8)
@@ -379,22 +404,34 @@ class TestFailure:
 class TestOpening:
     def test_refuses_machine_code_that_the_driver_does_not_take(self, driver: FakeDriver) -> None:
         driver.cuInit(0)
-        with pytest.raises(RuntimeError, match=r"cuda:0 \(NVIDIA H200\) can't be used: CUDA_ERROR_INVALID_IMAGE"):
+        with pytest.raises(
+            RuntimeError, match=r"cuda:0 \(NVIDIA H200\) can't be used: CUDA_ERROR_INVALID_IMAGE"
+        ):
             Gpu(DEVICE, "sm_90", [cubin("count"), b"damaged"])
 
     @pytest.mark.parametrize(
         "function",
-        ["cuDevicePrimaryCtxRetain", "cuStreamCreate", "cuMemPoolCreate", "cuMemHostAlloc", "cuModuleLoadData"],
+        [
+            "cuDevicePrimaryCtxRetain",
+            "cuStreamCreate",
+            "cuMemPoolCreate",
+            "cuMemHostAlloc",
+            "cuModuleLoadData",
+        ],
     )
     def test_that_fails_gives_back_what_it_had_taken(self, driver: FakeDriver, function: str) -> None:
         driver.cuInit(0)
         driver.errors[function] = CUresult.CUDA_ERROR_DEVICE_UNAVAILABLE
-        with pytest.raises(RuntimeError, match="can't be used: CUDA_ERROR_DEVICE_UNAVAILABLE, device unavail"):
+        with pytest.raises(
+            RuntimeError, match="can't be used: CUDA_ERROR_DEVICE_UNAVAILABLE, device unavail"
+        ):
             Gpu(DEVICE, "sm_90", [cubin("count")])
         given_back = driver.calls.count("cuDevicePrimaryCtxRelease")
         assert given_back == (function != "cuDevicePrimaryCtxRetain")
         assert driver.memory == {}
-        assert driver.calls.count("cuStreamDestroy") == (driver.calls.count("cuStreamCreate") if function != "cuStreamCreate" else 0)
+        assert driver.calls.count("cuStreamDestroy") == (
+            driver.calls.count("cuStreamCreate") if function != "cuStreamCreate" else 0
+        )
         assert driver.stack == []
 
 
