@@ -21,7 +21,6 @@ OPTIONS = (
     "--std=c++17",
     "--fmad=false",
     "--device-as-default-execution-space",
-    "--generate-line-info",
 )
 
 

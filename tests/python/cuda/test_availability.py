@@ -16,6 +16,7 @@ import gpt2rs
 from golden_cases import CASES
 from gpt2rs.cuda import availability
 
+CONFIG = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512, "n_positions": 1024}
 H200 = Gpu()
 T4 = Gpu("Tesla T4", (7, 5), 16 * 10**9, 40)
 A100 = Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 40 * 10**9, 108)
@@ -107,14 +108,15 @@ def test_for_which_auto_takes_the_cpu(
 
 
 def test_of_too_little_memory_has_the_numbers(driver: FakeDriver) -> None:
-    driver.gpus = [Gpu("NVIDIA RTX A400", (8, 6), 300_000)]
+    driver.gpus = [Gpu("NVIDIA RTX A400", (8, 6), 1_500_000)]
     with pytest.raises(RuntimeError) as raised:
-        gpt2rs.GPT2.from_config({"n_embd": 64, "n_layer": 2, "n_head": 4, "n_vocab": 512}, device="cuda:0")
-    # 4 bytes each: 200,000 parameters and some, and 2 x 2 layers x 64 channels x 1024 positions.
-    config = gpt2rs.Config.from_json('{"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512}')
-    needed = 4 * config.num_parameters() + 4 * 2 * 2 * 64 * 1024
+        gpt2rs.GPT2.from_config(CONFIG, device="cuda:0")
+    # 4 bytes each: the parameters, and 2 x 2 layers x 64 channels x 1024 positions of keys and values.
+    weights = gpt2rs.GPT2.from_config(CONFIG).memory_footprint()
+    assert weights < 1_500_000
+    needed = weights + 4 * 2 * 2 * 64 * 1024
     assert str(raised.value) == (
-        "device is 'cuda:0', but cuda:0 (NVIDIA RTX A400) has 300.0 kB of 300.0 kB of memory free; the weights "
+        "device is 'cuda:0', but cuda:0 (NVIDIA RTX A400) has 1.5 MB of 1.5 MB of memory free; the weights "
         f"and the keys and values of one sequence take {needed / 1e6:.1f} MB"
     )
 
@@ -183,9 +185,10 @@ def test_without_the_extra_the_sentence_is_its_installation() -> None:
 import sys
 sys.modules["cuda"] = None
 import gpt2rs
+config = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 9, "n_positions": 9}
 for device in ("auto", "cuda"):
     try:
-        print(gpt2rs.GPT2.from_config({"n_embd": 8, "n_layer": 1, "n_head": 1}, device=device).device)
+        print(gpt2rs.GPT2.from_config(config, device=device).device)
     except RuntimeError as error:
         print(error)
 """
