@@ -309,15 +309,15 @@ template <class T> struct Global {
 
     explicit operator bool() const { return at != nullptr; }
     Global operator+(size_t n) const { return {at + n, begin, end}; }
-    T& operator[](size_t n) const { return *checked(at + n, sizeof(T)); }
+    T& operator[](size_t n) const { return *checked(at + n, sizeof(T), alignof(T)); }
     T& operator*() const { return (*this)[0]; }
-    T* checked(T* p, size_t size) const {
+    T* checked(T* p, size_t size, size_t alignment) const {
         auto address = reinterpret_cast<uintptr_t>(p);
         if (!at) shim::fail("a null pointer is used");
         if (address < begin || address + size > end)
             shim::fail("device memory is accessed %lld bytes from the start of a buffer of %llu",
                        static_cast<long long>(address - begin), static_cast<u64>(end - begin));
-        if (address % size) shim::fail("device memory is accessed at an address that is not a multiple of %zu", size);
+        if (address % alignment) shim::fail("device memory is accessed at an address that is not a multiple of %zu", alignment);
         return p;
     }
 };
@@ -366,7 +366,7 @@ struct alignas(16) Words {
 };
 
 template <class T> Words load16(Global<T> from) {
-    return *reinterpret_cast<const Words*>(from.checked(from.at, 16));
+    return *reinterpret_cast<const Words*>(from.checked(from.at, 16, 16));
 }
 template <class T> Words load16_streamed(Global<T> from) { return load16(from); }
 template <class T> Words load16(Shared<T> from) {
@@ -380,7 +380,7 @@ template <class T, class U> void copy16_async(Shared<T> to, Global<U> from) {
     shim::on_write(to.at, 16);
     for (u32 i = 0; i < 8; ++i) shim::cells[to.at / 2 + i].flying = shim::block_start;
     memset(shim::shared + to.at, 0xff, 16);
-    shim::current->copies.back().push_back({to.at, from.checked(from.at, 16)});
+    shim::current->copies.back().push_back({to.at, from.checked(from.at, 16, 16)});
 }
 
 DEVICE void copies_commit() { shim::current->copies.emplace_back(); }
