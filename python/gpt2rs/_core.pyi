@@ -225,7 +225,6 @@ class Sample:
     """A token that was chosen, and what the model itself thought of it."""
 
     def __new__(cls, token: int) -> Sample: ...
-
     @property
     def token(self) -> int: ...
     @property

@@ -51,7 +51,9 @@ class Build:
         def on_gpu(gpu: Gpu) -> Engine[Any]:
             from .cuda.model import CudaModel
 
-            return CudaModel.load(gpu, config, checkpoint, dtype=dtype, kv_dtype=self.kv_dtype)
+            return CudaModel.load(
+                gpu, config, checkpoint, dtype=dtype, kv_dtype=self.kv_dtype, precision=self.precision
+            )
 
         def on_cpu() -> Engine[Any]:
             return _core.Model.load(
@@ -63,7 +65,9 @@ class Build:
                 n_threads=self.n_threads,
             )
 
-        return self._placed(config, dtype, on_gpu, on_cpu, packed=checkpoint.packed() is not None)
+        if self.device == "auto" and checkpoint.packed() is not None:
+            return on_cpu()
+        return self._placed(config, dtype, on_gpu, on_cpu)
 
     def random(self, config: _core.Config, seed: int) -> Engine[Any]:
         """A model with random weights; float32 without a dtype."""
@@ -72,7 +76,9 @@ class Build:
         def on_gpu(gpu: Gpu) -> Engine[Any]:
             from .cuda.model import CudaModel
 
-            return CudaModel.random(gpu, config, seed=seed, dtype=dtype, kv_dtype=self.kv_dtype)
+            return CudaModel.random(
+                gpu, config, seed=seed, dtype=dtype, kv_dtype=self.kv_dtype, precision=self.precision
+            )
 
         def on_cpu() -> Engine[Any]:
             return _core.Model.random(
@@ -92,8 +98,6 @@ class Build:
         dtype: str,
         on_gpu: Callable[[Gpu], Engine[Any]],
         on_cpu: Callable[[], Engine[Any]],
-        *,
-        packed: bool = False,
     ) -> Engine[Any]:
         """The model where `device` says; for "auto" on the first GPU that can, else on the CPU."""
         if self.device == "cpu":
@@ -103,13 +107,13 @@ class Build:
 
         n_bytes = config.memory_footprint(dtype) + self._cache_bytes(config, dtype)
         if self._ordinal is not None:
-            self._check_gpu(dtype, packed=packed)
+            self._check_gpu(dtype)
             try:
                 return on_gpu(open_gpu(self._find_gpu(self._ordinal), n_bytes))
             except Unavailable as error:
                 raise self._out_of_reach(error) from error
         try:
-            self._check_gpu(dtype, packed=packed)
+            self._check_gpu(dtype)
             found = devices()
         except (ValueError, Unavailable):
             return on_cpu()
@@ -121,7 +125,7 @@ class Build:
                 continue
         return on_cpu()
 
-    def _check_gpu(self, dtype: str | None, *, packed: bool = False) -> None:
+    def _check_gpu(self, dtype: str | None) -> None:
         """ValueError for what only the CPU does."""
         for name, value in (("dtype", dtype), ("kv_dtype", self.kv_dtype)):
             if value is not None and value not in _GPU_DTYPES:
@@ -129,14 +133,6 @@ class Build:
                     f"{name} is {value!r}, and device is {self.device!r}; on a GPU it must be "
                     f"{_one_of(_GPU_DTYPES)}"
                 )
-        if self.precision != "exact":
-            raise ValueError(
-                f"precision is {self.precision!r}, and device is {self.device!r}; it is for the CPU"
-            )
-        if packed:
-            raise ValueError(
-                f"device is {self.device!r}, and a packed file is for the CPU; load the model it was made from"
-            )
 
     def _find_gpu(self, ordinal: int) -> Any:
         from .cuda.availability import Unavailable, device

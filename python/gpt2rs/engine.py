@@ -60,8 +60,8 @@ S = TypeVar("S", bound=Sequenced)
 class Engine(Protocol[S]):
     """A model that is loaded and ready to compute.
 
-    Shapes: T tokens, C = n_embd, V = n_vocab.  The lists of `prefill`, `decode` and `decode_several` go together,
-    one entry a sequence, and what a sequence gets does not depend on the others.
+    Shapes: T tokens, C = n_embd, V = n_vocab.  The lists of `prefill`, `decode` and `decode_several` go
+    together, one entry a sequence, and what a sequence gets does not depend on the others.
     """
 
     @property
@@ -95,6 +95,12 @@ class Engine(Protocol[S]):
     def memory_footprint(self) -> int:
         """Bytes of the weights as held."""
 
+    def save_safetensors(self, path: str) -> None:
+        """Write the weights, in the type that they are held in, under the checkpoint's names."""
+
+    def save_packed(self, path: str) -> None:
+        """Write the weights as the CPU's kernels take them."""
+
     def session(self) -> S:
         """An empty sequence."""
 
@@ -120,4 +126,5 @@ class Engine(Protocol[S]):
         speculators: Sequence[Speculator],
         rooms: Sequence[int],
     ) -> Sequence[tuple[Sequence[Sample], int, int]]:
-        """The same, of each sequence one token or more, up to its room, with how many were proposed and accepted."""
+        """The same, of each sequence one token or more, up to its room, with how many were proposed and
+        accepted."""

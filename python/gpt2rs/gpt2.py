@@ -78,8 +78,8 @@ class GPT2:
         precision: "exact", or "fast": activations are rounded to bfloat16 where they meet bfloat16 weights,
             keys and values, which makes prompts and batches faster on processors with AVX-512 BF16.
         device: "cpu"; "cuda" or "cuda:N", an NVIDIA GPU of compute capability 8.0 or newer, with the extra
-            `gpt2rs[cuda]`; "auto": the first GPU that works and has the memory, else the CPU.  On a GPU weights
-            are float32 or bfloat16, precision is "exact", and there are no packed files.
+            `gpt2rs[cuda]`; "auto": the first GPU that works and has the memory, else the CPU.  On a GPU
+            weights, keys and values are float32 or bfloat16, and there are no packed files.
         n_threads: of the CPU; None: as many as the machine has cores for this process and the model profits
             from.
         config: for a file without one: a `Config`, a preset's name, a dict, or a config.json's path or text.
@@ -164,11 +164,11 @@ class GPT2:
 
         Weights are written in the model's dtype; the tokenizer's files are those of the folder that the model
         came from, if it had any.  Every file is written beside its place first, so that OSError (a full disk,
-        say) leaves what was there before as it was.  RuntimeError for a model on a GPU.
+        say) leaves what was there before as it was.
         """
         from .saving import save_pretrained
 
-        save_pretrained(self._on_cpu(), Path(folder).expanduser(), tokenizer_folder=self._folder)
+        save_pretrained(self._core, Path(folder).expanduser(), tokenizer_folder=self._folder)
 
     def save_packed(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json, packed.safetensors and the tokenizer's files into `folder`, which
@@ -177,12 +177,11 @@ class GPT2:
         Weights are written as they are held, int8 and int4 among them, for this version of gpt2rs: another
         may refuse the file, by the name of its layout, so keep the model that it came from.  As for
         `save_pretrained`, OSError leaves what was there before; ValueError for a folder that has other
-        weights; RuntimeError for a model on a GPU.  The file is mapped while a model uses it: replace it, but
-        don't write into it.
+        weights.  The file is mapped while a model uses it: replace it, but don't write into it.
         """
         from .saving import save_packed
 
-        save_packed(self._on_cpu(), Path(folder).expanduser(), tokenizer_folder=self._folder)
+        save_packed(self._core, Path(folder).expanduser(), tokenizer_folder=self._folder)
 
     @property
     def config(self) -> _core.Config:
@@ -363,12 +362,6 @@ class GPT2:
         """
         tokens = self._encode(prompt)
         return Score(tokens, scoring.logprobs(self._core, tokens, stride))
-
-    def _on_cpu(self) -> _core.Model:
-        """The model, if its weights are where files are written from."""
-        if not isinstance(self._core, _core.Model):
-            raise RuntimeError(f'the model is on {self.device}; load it with device="cpu" to save it')
-        return self._core
 
     def _encode(self, prompt: Prompt, *, what: str = "the prompt") -> list[int]:
         return encode(prompt, self._need_tokenizer, self.config.n_vocab, what=what)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from .engine import Engine, Sample, Sequenced
+from .engine import Engine, Sequenced
 from .settings import Options, Settings, check_count
 
 if TYPE_CHECKING:

@@ -281,17 +281,19 @@ class Settings:
         return list(self.seed)
 
     def speculator(self, model: Engine[Any]) -> _core.Speculator | None:
-        """Where the proposals of one text come from; None where there are none.
+        """Where the proposals of one text come from; None where there are none, as always on a GPU.
 
-        ValueError for an `assistant_model` of another vocabulary than `model`'s, and on a GPU.
+        ValueError for an `assistant_model` of another vocabulary than `model`'s, or on a GPU.
         """
+        if not isinstance(model, _core.Model):
+            return None
         if self.prompt_lookup_num_tokens is not None:
             return _core.Speculator.lookup(self.prompt_lookup_num_tokens, self.max_matching_ngram_size)
         if self.assistant_model is not None:
             draft = self.assistant_model._core
-            if not isinstance(model, _core.Model) or not isinstance(draft, _core.Model):
+            if not isinstance(draft, _core.Model):
                 raise ValueError(
-                    f"assistant_model is on {draft.device}, and the model on {model.device}; both must be on the CPU"
+                    f"assistant_model is on {draft.device}; it must be on the CPU, as the model is"
                 )
             return _core.Speculator.draft(model, draft, self.num_assistant_tokens)
         return None

@@ -17,7 +17,7 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 def folder() -> Path | None:
-    """Where it lies: `GPT2RS_CACHE_DIR`, or `gpt2rs` in the user's cache folder; None where there is neither."""
+    """`GPT2RS_CACHE_DIR`, or `gpt2rs` in the user's cache folder; None where there is neither."""
     if chosen := os.environ.get("GPT2RS_CACHE_DIR"):
         return Path(chosen).expanduser() / "cubins"
     try:

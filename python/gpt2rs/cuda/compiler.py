@@ -1,7 +1,7 @@
 """Kernel sources -> machine code of one GPU architecture, by NVRTC, and kept on disk.
 
-The result is a cubin, never PTX: a driver refuses PTX of a newer compiler, where it loads the cubin.  NVRTC needs
-neither a GPU nor a driver, and the sources need no header that is not beside them.
+The result is a cubin, never PTX: a driver refuses PTX of a newer compiler, where it loads the cubin.  NVRTC
+needs neither a GPU nor a driver, and the sources no header that is not beside them.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes of a multiprocessor: registers a thread, bytes of static shared memory a block, and
-    bytes a thread that lie in memory for want of registers."""
+    """What one kernel takes of a multiprocessor: registers a thread, bytes of static shared memory a block,
+    and bytes a thread that lie in memory for want of registers."""
 
     registers: int
     smem: int
@@ -67,7 +67,7 @@ def package_sources() -> list[Source]:
 
 
 def version() -> str:
-    """The compiler's version, down to the build: "13.5 (141163664 bytes)"; RuntimeError where there is none."""
+    """The compiler's version, down to the build: "13.5 (141163664 bytes)"; RuntimeError without one."""
     nvrtc = _nvrtc()
     error, major, minor = nvrtc.nvrtcVersion()
     _check(error, "the compiler's version is unknown")
@@ -75,8 +75,8 @@ def version() -> str:
 
 
 def architecture(major: int, minor: int) -> str:
-    """What to compile for, for a GPU of this compute capability: its own architecture or, where the compiler is
-    older than the GPU, the nearest one below that runs there, of the same major.
+    """What to compile for, for a GPU of this compute capability: its own architecture or, where the compiler
+    is older than the GPU, the nearest one below that runs there, of the same major.
 
     RuntimeError where the compiler knows none.
     """
@@ -121,7 +121,7 @@ def cache_key(source: Source, arch: str, options: Sequence[str], compiler: str) 
 
 
 def compile_source(source: Source, arch: str, options: Sequence[str] = ()) -> Compiled:
-    """Compile for `arch`, such as "sm_90"; RuntimeError, with the compiler's first error, where it refuses."""
+    """Compile for `arch`, such as "sm_90"; RuntimeError, with the first error, where the compiler refuses."""
     nvrtc = _nvrtc()
     error, program = nvrtc.nvrtcCreateProgram(
         source.text.encode(),

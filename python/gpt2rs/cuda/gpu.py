@@ -1,9 +1,9 @@
-"""A GPU as the machine that a model's kernels run on: memory, one queue, graphs, and what becomes of failures.
+"""A GPU as the machine that a model's kernels run on: memory, one queue, graphs, and what a failure means.
 
-The device's primary context is used, so that other CUDA libraries in the process share it, and is current only
-during a call.  Memory comes from a pool and is freed in the queue's order, so a buffer may be given up while
-kernels that use it are still waiting.  Whatever fails but a request for memory ends the machine: each later call
-raises the same sentence, since what the queue has done by then is unknown.
+The device's primary context is used, so that other CUDA libraries in the process share it, and is current
+only during a call.  Memory comes from a pool and is freed in the queue's order, so a buffer may be given up
+while kernels that use it are still waiting.  Whatever fails but a request for memory ends the machine: each
+later call raises the same sentence, since what the queue has done by then is unknown.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def open_gpu(device: Device, n_bytes: int = 0) -> Gpu:
     free, total = gpu.memory()
     if n_bytes > free:
         raise Unavailable(
-            f"{device} has {in_units(free)} of {in_units(total)} of memory free; the weights and the keys and "
-            f"values of one sequence take {in_units(n_bytes)}"
+            f"{device} has {in_units(free)} of {in_units(total)} of memory free; the weights and the keys "
+            f"and values of one sequence take {in_units(n_bytes)}"
         )
     return gpu
 
@@ -57,8 +57,11 @@ class Gpu:
 
     def __init__(self, device: Device, arch: str, cubins: Sequence[bytes]) -> None:
         """Take the device's primary context and load the kernels; RuntimeError where either fails."""
-        self.device = device
+        self._device = device
+        self.device = f"cuda:{device.ordinal}"
         self.arch = arch
+        # Whether launches may begin early where they say so; PTX has it from Hopper on.
+        self.overlap = device.major >= 9
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._failure: str | None = None
@@ -76,7 +79,7 @@ class Gpu:
     @property
     def name(self) -> str:
         """What the driver calls it, such as "NVIDIA H200"."""
-        return self.device.name
+        return self._device.name
 
     @property
     def n_sm(self) -> int:
@@ -222,7 +225,7 @@ class Gpu:
         """One thread's turn at the queue, with the context current; refuses a machine that has failed."""
         if os.getpid() != self._pid:
             raise RuntimeError(
-                f"{self.device} was opened before this process was forked off: load the model in it"
+                f"{self._device} was opened before this process was forked off: load the model in it"
             )
         with self._lock:
             if self._failure is not None:
@@ -257,7 +260,7 @@ class Gpu:
 
     def _queued(self, kernel: _Kernel, launch: Launch, stream: Any, places: int) -> Any:
         cu = self._cu
-        if not launch.overlap or self.device.major < 9:
+        if not (launch.overlap and self.overlap):
             return cu.cuLaunchKernel(
                 kernel.function, *launch.grid, launch.block, 1, 1, launch.smem, stream, places, 0
             )
@@ -294,7 +297,7 @@ class Gpu:
             # A context that a kernel has broken says so to every call, in this process for good.
             broken = self._cu.cuCtxSynchronize()[0] == error
             remedy = "start a new process to use this GPU again" if broken else "load the model again"
-            self._failure = f"{what} on {self.device}: {DriverError.of(error)}; {remedy}"
+            self._failure = f"{what} on {self._device}: {DriverError.of(error)}; {remedy}"
             raise RuntimeError(self._failure)
         return values[0] if len(values) == 1 else tuple(values)
 
@@ -304,7 +307,7 @@ class Gpu:
             return self._done(outcome)
         free, total = self._done(self._cu.cuMemGetInfo())
         raise Unavailable(
-            f"out of memory on {self.device}: {in_units(n_bytes)} were asked for, "
+            f"out of memory on {self._device}: {in_units(n_bytes)} were asked for, "
             f"{in_units(int(free))} of {in_units(int(total))} are free"
         )
 
@@ -379,7 +382,7 @@ class CapturedGraph:
 
 
 class _Allocation:
-    """Memory that goes back when nothing refers to it any more; at the end of the process, with the process."""
+    """Memory that goes back when nothing refers to it any more, or with the process."""
 
     def __init__(self, gpu: Gpu, address: int, free: Any) -> None:
         self.address = address
@@ -407,16 +410,16 @@ class _Kernel:
         self.smem = _SMEM_UNASKED
 
     def check(self, launch: Launch) -> None:
-        """Hold the arguments to the parameters: the driver reads as many bytes as the kernel has parameters."""
+        """Hold the arguments to the parameters: the driver reads as many bytes as these have."""
         sizes = [struct.calcsize(_layout(arg)) for arg in launch.args]
         if sizes != self.sizes:
             raise ValueError(
-                f'kernel "{self.name}" has parameters of {self.sizes} bytes; it was given arguments of {sizes}'
+                f'kernel "{self.name}" has parameters of {self.sizes} bytes; its arguments have {sizes}'
             )
 
 
 class _Handles:
-    """What a GPU takes from the driver for as long as it is used; kept apart so that its end needs no `Gpu`."""
+    """What a GPU holds of the driver's for as long as it is used; apart, so that its end needs no `Gpu`."""
 
     def __init__(self, ordinal: int) -> None:
         self.cu = api()

@@ -1,9 +1,9 @@
-"""A CUDA driver in Python, at the border of `cuda.bindings.driver`: the functions that gpt2rs calls, strict where a
-real driver is lenient.
+"""A CUDA driver in Python, at the border of `cuda.bindings.driver`: the functions that gpt2rs calls, strict
+where a real driver is lenient.
 
 Device memory is host memory.  Nothing that is queued happens before somebody waits for it, copies from pinned
-memory included, so that a missing wait shows; what was freed is gone for whoever still has its address.  Kernels
-are Python functions that get the bytes of their parameters as the driver reads them.
+memory included, so that a missing wait shows; what was freed is gone for whoever still has its address.
+Kernels are Python functions that get the bytes of their parameters as the driver reads them.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def cubin(*kernels: str) -> bytes:
 
 
 class FakeDriver(types.ModuleType):
-    """The module itself; `gpus`, `version` and `kernels` may be changed, `errors` holds what a call is to return."""
+    """The module itself; `gpus`, `version`, `kernels` may be set, and `errors`, what calls are to return."""
 
     CUresult = CUresult
     CUdevice_attribute = CUdevice_attribute

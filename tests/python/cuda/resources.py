@@ -3,8 +3,8 @@
     python tests/python/cuda/resources.py          shows what has changed since the table was written
     python tests/python/cuda/resources.py --write  writes the table anew
 
-The table is `resources.tsv`; its first line names the NVRTC, a version of the package `nvidia-cuda-nvrtc`, which
-must be the one installed: registers and spills differ from one compiler to the next.
+The table is `resources.tsv`; its first line names the NVRTC, a version of the package `nvidia-cuda-nvrtc`,
+which must be the one installed: registers and spills differ from one compiler to the next.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def test_of_a_number_out_of_range_lists_what_there_is(driver: FakeDriver) -> Non
 def test_of_hidden_gpus_names_the_variable(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     driver.gpus = []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(availability.Unavailable, match="finds no GPU; CUDA_VISIBLE_DEVICES is ''$"):
+    with pytest.raises(availability.Unavailable, match=r"finds no GPU; CUDA_VISIBLE_DEVICES is ''$"):
         availability.devices()
 
 

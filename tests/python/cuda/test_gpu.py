@@ -1,4 +1,4 @@
-"""What a GPU does for the model above it, over the fake driver: memory, the queue, graphs, failures, the end."""
+"""What a GPU does for the model above it, over the fake driver: memory, order, graphs, failures, the end."""
 
 from __future__ import annotations
 
