@@ -24,7 +24,7 @@ from gpt2rs.settings import Settings
 
 @dataclass(frozen=True)
 class Figure:
-    """One kind of work: seconds a unit of it, round by round; n_bytes, n_flops: what a unit needs at least."""
+    """One kind of work: seconds a unit of it, round by round; n_bytes, n_flops: what it needs at least."""
 
     model: str
     work: str
