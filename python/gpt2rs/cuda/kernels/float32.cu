@@ -24,8 +24,8 @@ KERNEL(256, 1) matmul_float32(Global<const float> weights, int k, Global<const f
         }
         copies_commit();
     };
-    next_may_start();
     previous_done();
+    next_may_start();
     for (int i = 0; i < STAGES - 1; ++i) fetch(i);
     float sum = 0.0f;
     for (u32 step = 0; step < steps; ++step) {
