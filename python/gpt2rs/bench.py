@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from . import _core
+from .engine import Sequenced
 from .gpt2 import GPT2
 from .settings import Settings
 
@@ -208,17 +209,17 @@ class _Bench:
         # Any ids do; the step is odd and not small, so that they are spread over the vocabulary.
         return [(start + 7919 * i) % self.model.config.n_vocab for i in range(n)]
 
-    def _prefilled(self, n: int) -> _core.Session:
-        session = self._core.session()
+    def _prefilled(self, n: int) -> Sequenced:
+        session: Sequenced = self._core.session()
         session.prefill(self._tokens(n))
         return session
 
-    def _batch(self) -> list[_core.Session]:
+    def _batch(self) -> list[Sequenced]:
         sessions = [self._core.session() for _ in range(BATCH)]
         self._core.prefill(sessions, [self._tokens(self.work.short, start=i) for i in range(BATCH)])
         return sessions
 
-    def _time_decode(self, sessions: list[_core.Session], n: int) -> float:
+    def _time_decode(self, sessions: list[Sequenced], n: int) -> float:
         settings = Settings(eos_token_id=None)
         samplers = [
             settings.sampler(self.model.config, prompt_len=session.pos, seed=0, index=0)

@@ -123,6 +123,8 @@ class ShimMachine:
         self.kernels: set[str] = set()
 
     name = "host shim"
+    device = "cuda:0"
+    arch = "host"
     n_sm = 4
 
     def alloc(self, n_bytes: int) -> ShimBuffer:

@@ -130,6 +130,21 @@ class CudaModel:
         return self._precision
 
     @property
+    def device(self) -> str:
+        """Where it runs: "cuda:N"."""
+        return self._machine.device
+
+    @property
+    def isa(self) -> str:
+        """The GPU's architecture, such as "sm_90"."""
+        return self._machine.arch
+
+    @property
+    def n_threads(self) -> int:
+        """Threads of the CPU that compute: the one that calls, which launches."""
+        return 1
+
+    @property
     def machine(self) -> Machine:
         """What it runs on."""
         return self._machine
