@@ -203,9 +203,9 @@ inline void run_block() {
     waiting.clear();
     for (u32 i = 0; i < n_threads; ++i) {
         prepare(fibers[i], i);
+        warps[i / LANES] = Warp{};
         ready.push_back(i);
     }
-    for (auto& warp : warps) warp = Warp{};
     for (u32 left = n_threads; left;) {
         if (ready.empty()) {
             fault = std::string(kernel_name) + ": threads wait for others that never come to that barrier";
@@ -264,6 +264,8 @@ inline void on_read(u32 at, u32 size) {
     Cell* cell = cells_at(at, size);
     u32 thread = current->index.x;
     for (u32 i = 0; i < (size + 1) / 2; ++i, ++cell) {
+        // Several threads have read it in this stretch, so nobody has written it.
+        if (cell->read == stretch && cell->reader == Cell::SEVERAL) continue;
         if (cell->flying > block_start - 1)
             fail("byte %u of shared memory is read before the copy into it has landed: a wait is missing", at);
         if (cell->written < block_start) fail("byte %u of shared memory is read, and nobody wrote it", at);

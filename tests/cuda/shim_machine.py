@@ -44,9 +44,9 @@ def build(sources: Sequence[Path], folder: Path) -> ctypes.CDLL:
     text += ["const std::vector<shim::Known> shim::kernels = {", *known, "};"]
     unit, library = folder / "kernels.cpp", folder / "kernels.so"
     unit.write_text("\n".join(text))
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-w"]
+    flags = ["-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-w"]
     if "fma" in Path("/proc/cpuinfo").read_text().split():
-        flags.append("-mfma")
+        flags += ["-mfma", "-mavx2"]
     assert COMPILER is not None
     done = subprocess.run(
         [COMPILER, *flags, f"-I{HERE}", f"-I{kernels}", str(unit), "-o", str(library)],

@@ -20,12 +20,12 @@ import shim_machine
 
 needs_shim = pytest.mark.skipif(shim_machine.COMPILER is None, reason="there is no g++ to compile the kernels with")
 
-# Every kind of remainder: heads of 36 channels, an odd inner size and vocabulary, three runs of positions, and products
+# Every kind of remainder: heads of 20 channels, an odd inner size and vocabulary, three runs of positions, and products
 # whose K is cut in two.
 ODD = {
     "vocab_size": 90,
     "n_positions": 300,
-    "n_embd": 72,
+    "n_embd": 40,
     "n_layer": 2,
     "n_head": 2,
     "n_inner": 777,
