@@ -326,9 +326,7 @@ class CudaModel:
             session.computed += count
         return stream
 
-    def _slices(
-        self, tokens: Sequence[int]
-    ) -> Iterator[tuple[Room, Plan, Stream, int, int]]:
+    def _slices(self, tokens: Sequence[int]) -> Iterator[tuple[Room, Plan, Stream, int, int]]:
         """Run a fresh sequence in passes; of each, slices of at most `LOGIT_ROWS` rows, as (first, count)."""
         session = self.session()
         session.push(tokens)

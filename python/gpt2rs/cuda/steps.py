@@ -62,9 +62,7 @@ class Ahead:
 class Steps:
     """The rows of up to `bucket` sequences on the device, and the graph that takes all of them one token further."""
 
-    def __init__(
-        self, machine: Machine, shape: Shape, weights: Weights, pool: Pool, bucket: int
-    ) -> None:
+    def __init__(self, machine: Machine, shape: Shape, weights: Weights, pool: Pool, bucket: int) -> None:
         """Take the memory; graphs are recorded on first use."""
         config = shape.config
         self._machine, self._pool, self._bucket = machine, pool, bucket

@@ -230,9 +230,7 @@ class _Loader:
     def _embedding(self, name: str) -> Matrix:
         return self._matrix(self._tensors.get(name), warps=1)
 
-    def _matrix(
-        self, weight: NDArray[np.float32], *, warps: int = 8, into_stream: bool = False
-    ) -> Matrix:
+    def _matrix(self, weight: NDArray[np.float32], *, warps: int = 8, into_stream: bool = False) -> Matrix:
         """From (N, K); products into the residual stream may leave several sums, which are added there."""
         weight = _pad(_pad(weight, padded(weight.shape[0], 64), 0), padded(weight.shape[1]), 1)
         n, k = weight.shape

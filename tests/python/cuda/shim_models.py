@@ -18,7 +18,9 @@ from gpt2rs.cuda.model import CudaModel
 sys.path.insert(0, str(Path(__file__).parents[2] / "cuda"))
 import shim_machine
 
-needs_shim = pytest.mark.skipif(shim_machine.COMPILER is None, reason="there is no g++ to compile the kernels with")
+needs_shim = pytest.mark.skipif(
+    shim_machine.COMPILER is None, reason="there is no g++ to compile the kernels with"
+)
 
 # Every kind of remainder: heads of 20 channels, an odd inner size and vocabulary, three runs of positions, and products
 # whose K is cut in two.

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shim_models import golden, needs_shim
 
 import gpt2rs
 from golden_cases import CASES, expected, generations
-from shim_models import golden, needs_shim
 from test_golden import close, load
 
 pytestmark = needs_shim

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shim_models import needs_shim, odd
 
 import gpt2rs
 from gpt2rs import _core
 from gpt2rs.cuda import plan, steps
 from gpt2rs.cuda.model import CudaModel
-from shim_models import needs_shim, odd
 
 pytestmark = needs_shim
 

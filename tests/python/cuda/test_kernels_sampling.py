@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shim_models import needs_shim, odd, shim_machine
 
 from gpt2rs import _core
 from gpt2rs.cuda.machine import Launch
 from gpt2rs.cuda.sampling import SETTINGS, on_device, settings
-from shim_models import needs_shim, odd, shim_machine
 
 pytestmark = needs_shim
 
@@ -88,7 +88,9 @@ def draws(rng: np.random.Generator, v: int) -> dict[str, Any]:
     return chosen
 
 
-@pytest.mark.parametrize(("v", "n", "rounds"), [(1, 4, 1), (2, 16, 2), (97, 32, 10), (1500, 32, 4), (50257, 4, 3)])
+@pytest.mark.parametrize(
+    ("v", "n", "rounds"), [(1, 4, 1), (2, 16, 2), (97, 32, 10), (1500, 32, 4), (50257, 4, 3)]
+)
 def test_the_cpus_tokens(v: int, n: int, rounds: int) -> None:
     rng = np.random.default_rng(v)
     bench = Bench(n, v)
