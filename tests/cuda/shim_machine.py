@@ -1,4 +1,4 @@
-"""A machine without a GPU: the kernels' own source compiled as C++ over shim.h, behind the border that models use."""
+"""A machine without a GPU: the kernels' own source compiled as C++ over shim.h."""
 
 from __future__ import annotations
 

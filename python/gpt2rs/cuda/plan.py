@@ -2,9 +2,10 @@
 
     embed -> (ln_1 + c_attn -> attention -> c_proj -> ln_2 + c_fc -> c_proj) * L -> ln_f + lm_head -> sample
 
-Two forms give the same bits.  For few rows LayerNorm rides in the product behind it: five launches a layer.  For a
-prompt, or rows too long for that, it is a launch of its own.  A product into the residual stream leaves partial sums,
-which whoever reads the stream next adds, in their order; so K may be shared among blocks without a launch more.
+Two forms give the same bits.  For few rows LayerNorm rides in the product behind it: five launches a
+layer.  For a prompt, or rows too long for that, it is a launch of its own.  A product into the residual
+stream leaves partial sums, which whoever reads the stream next adds, in their order; so K may be shared
+among blocks without a launch more.
 """
 
 from __future__ import annotations

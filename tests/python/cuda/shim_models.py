@@ -22,8 +22,8 @@ needs_shim = pytest.mark.skipif(
     shim_machine.COMPILER is None, reason="there is no g++ to compile the kernels with"
 )
 
-# Every kind of remainder: heads of 20 channels, an odd inner size and vocabulary, three runs of positions, and products
-# whose K is cut in two.
+# Every kind of remainder: heads of 20 channels, an odd inner size and vocabulary, three runs of positions,
+# and products whose K is cut in two.
 ODD = {
     "vocab_size": 90,
     "n_positions": 300,

@@ -34,12 +34,12 @@ def test_bfloat16_is_near(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bfloat16", "llmc_bf16"])
 def test_tensor_cores_with_activations_in_parts_are_as_near_as_float32(name: str) -> None:
-    """A product of bfloat16 weights with an activation in three bfloat16 parts is that with the float32 one."""
+    """A bfloat16 weight times an activation in three bfloat16 parts is its product with the float32 one."""
     both_close(name, "bfloat16", "float32")
 
 
 def test_bfloat16_is_as_the_cpu_rounds() -> None:
-    """Keys and values are rounded alike on both sides: only those that fall beside a rounding boundary differ."""
+    """Keys and values are rounded alike on both sides: only those beside a rounding boundary differ."""
     ids = expected("bfloat16")["input_ids"][0].tolist()
     got, want = golden("bfloat16", "bfloat16").logits(ids), load("bfloat16").logits(ids)
     assert np.abs(got - want).max() < 2.0**-9 * np.abs(want).max()

@@ -1,4 +1,4 @@
-"""The sampling kernel, on the host, against the CPU's sampler: the same token for the same logits and seed."""
+"""The sampling kernel, on the host, against the CPU's sampler: the same logits and seed, the same token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAST = 12
 
 
 def rows(n: int, v: int, seed: int) -> np.ndarray:
-    """(n, V) logits of many kinds: normal, peaked, full of ties, with infinities, NaN and zeros of both signs."""
+    """(n, V) logits of many kinds: normal, peaked, with ties, infinities, NaN and zeros of both signs."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, rng.uniform(0.1, 9, (n, 1)), (n, v)).astype(np.float32)
     logits[1::4] = np.round(logits[1::4])

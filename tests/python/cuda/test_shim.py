@@ -1,4 +1,4 @@
-"""The host shim itself: that it computes what it should, and catches what it should, in small broken kernels."""
+"""The host shim itself: that it computes what it should, and catches what it should."""
 
 from __future__ import annotations
 
