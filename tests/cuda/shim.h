@@ -15,7 +15,9 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 using u16 = uint16_t;
@@ -147,15 +149,19 @@ shim_switch:
 
 inline void yield() { shim_switch(&current->stack_pointer, scheduler); }
 
-[[noreturn]] inline void fail(const char* format, ...) {
+inline void fail(const char* format, ...) {
     char text[512];
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    if (!current) {  // before the first block
+        fault = text;
+        return;
+    }
     char whole[768];
     snprintf(whole, sizeof whole, "%s, block (%u, %u, %u), thread %u: %s", kernel_name, block_index.x, block_index.y,
-             block_index.z, current ? current->index.x : 0, text);
+             block_index.z, current->index.x, text);
     fault = whole;
     yield();
     abort();
@@ -174,8 +180,10 @@ inline void prepare(Fiber& fiber, u32 thread) {
     if (fiber.stack.empty()) fiber.stack.resize(STACK);
     fiber.index.x = thread;
     fiber.done = false;
-    fiber.copies.assign(1, {});
-    auto top = (reinterpret_cast<uintptr_t>(fiber.stack.data()) + STACK) & ~uintptr_t{63};
+    fiber.copies.resize(1);
+    fiber.copies[0].clear();
+    // Stacks begin at different lines of the cache's sets: else a block's 256 would evict one another.
+    auto top = (reinterpret_cast<uintptr_t>(fiber.stack.data()) + STACK - thread % 64 * 320) & ~uintptr_t{63};
 #if defined(__x86_64__)
     auto* words = reinterpret_cast<void**>(top) - 2;  // as if `entry` had been called: 8 bytes off 16
     words[0] = reinterpret_cast<void*>(&entry);
@@ -195,9 +203,9 @@ inline void run_block() {
     waiting.clear();
     for (u32 i = 0; i < n_threads; ++i) {
         prepare(fibers[i], i);
+        warps[i / LANES] = Warp{};
         ready.push_back(i);
     }
-    for (auto& warp : warps) warp = Warp{};
     for (u32 left = n_threads; left;) {
         if (ready.empty()) {
             fault = std::string(kernel_name) + ": threads wait for others that never come to that barrier";
@@ -256,6 +264,8 @@ inline void on_read(u32 at, u32 size) {
     Cell* cell = cells_at(at, size);
     u32 thread = current->index.x;
     for (u32 i = 0; i < (size + 1) / 2; ++i, ++cell) {
+        // Several threads have read it in this stretch, so nobody has written it.
+        if (cell->read == stretch && cell->reader == Cell::SEVERAL) continue;
         if (cell->flying > block_start - 1)
             fail("byte %u of shared memory is read before the copy into it has landed: a wait is missing", at);
         if (cell->written < block_start) fail("byte %u of shared memory is read, and nobody wrote it", at);
@@ -325,8 +335,10 @@ template <class T> struct Global {
 template <class T> Global<T> global_at(u64 address) {
     if (!address) return nullptr;
     auto after = shim::regions.upper_bound(address);
-    if (after == shim::regions.begin() || (--after, address >= after->first + after->second))
+    if (after == shim::regions.begin() || (--after, address >= after->first + after->second)) {
         shim::fail("address %llx is in no buffer", address);
+        return nullptr;
+    }
     return {reinterpret_cast<T*>(address), after->first, after->first + after->second};
 }
 
@@ -499,28 +511,31 @@ template <class T> struct Taken<Global<T>> {
     static Global<T> from(u64 bits) { return global_at<T>(bits); }
 };
 
-inline const Argument* arguments;
-
-// Calls kernel F with the launch's arguments, whose number and kinds are its own.
+// Kernel F with a launch's arguments, whose number and kinds are to be its own.
 template <auto F> struct Call;
 template <class... A, void (*F)(A...)> struct Call<F> {
-    static constexpr size_t count = sizeof...(A);
-    template <size_t... I> static void with(std::index_sequence<I...>) { F(Taken<A>::from(arguments[I].bits)...); }
-    static void run() {
-        size_t i = 0;
-        for (char kind : {Taken<A>::kind...})
-            if (arguments[i++].kind != kind) fail("argument %zu is of kind %c, not %c", i - 1, arguments[i - 1].kind, kind);
-        with(std::index_sequence_for<A...>{});
+    static inline std::tuple<A...> taken;
+
+    static void take(const Argument* arguments, size_t count) {
+        constexpr char kinds[] = {Taken<A>::kind..., 0};
+        if (count != sizeof...(A)) return (void)(fault = "a wrong number of arguments");
+        for (size_t i = 0; i < count; ++i)
+            if (arguments[i].kind != kinds[i]) return (void)(fault = "argument " + std::to_string(i) + " is of a wrong kind");
+        take(arguments, std::index_sequence_for<A...>{});
     }
+    template <size_t... I> static void take(const Argument* arguments, std::index_sequence<I...>) {
+        taken = {Taken<A>::from(arguments[I].bits)...};
+    }
+    static void run() { std::apply(F, taken); }
 };
 
 struct Known {
     const char* name;
     void (*run)();
-    size_t n_arguments;
+    void (*take)(const Argument*, size_t);
 };
 
-template <auto F> Known known(const char* name) { return {name, &Call<F>::run, Call<F>::count}; }
+template <auto F> Known known(const char* name) { return {name, &Call<F>::run, &Call<F>::take}; }
 
 extern const std::vector<Known> kernels;
 
@@ -547,14 +562,14 @@ const char* shim_launch(const char* name, const u32* grid, u32 block, u32 smem, 
                                u64 n_arguments, u64 seed) {
     shim::fault.clear();
     shim::current = nullptr;
-    shim::arguments = arguments;
     for (const auto& kernel : shim::kernels) {
         if (strcmp(kernel.name, name)) continue;
         shim::kernel_name = kernel.name;
         shim::body = kernel.run;
-        if (n_arguments != kernel.n_arguments) shim::fault = std::string(name) + ": a wrong number of arguments";
-        if (smem > shim::MAX_SHARED) shim::fault = std::string(name) + ": more shared memory than a block can have";
-        if (!block || block > shim::MAX_THREADS || block % 32) shim::fault = std::string(name) + ": an odd block";
+        kernel.take(arguments, n_arguments);
+        if (smem > shim::MAX_SHARED) shim::fault = "more shared memory than a block can have";
+        if (!block || block > shim::MAX_THREADS || block % 32) shim::fault = "threads that are no whole warps, or too many";
+        if (!shim::fault.empty()) shim::fault = std::string(name) + ": " + shim::fault;
         shim::grid_size = {grid[0], grid[1], grid[2]};
         shim::block_size = {block, 1, 1};
         shim::n_threads = block;

@@ -1,4 +1,4 @@
-"""A machine without a GPU: the kernels' own source compiled as C++ over shim.h, behind the border that models use."""
+"""A machine without a GPU: the kernels' own source compiled as C++ over shim.h."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ _KERNEL_OF_PARTS = re.compile(r"KERNEL\([^)]*\)[\s\\]*(\w+_)##parts_\(")
 def kernel_names(source: str) -> list[str]:
     """Names of the kernels that a file defines, those of macros for 1 and 3 parts too."""
     stems = _KERNEL_OF_PARTS.findall(source)
-    return [name for name in _KERNEL.findall(source)] + [f"{stem}{parts}" for stem in stems for parts in (1, 3)]
+    return [name for name in _KERNEL.findall(source)] + [
+        f"{stem}{parts}" for stem in stems for parts in (1, 3)
+    ]
 
 
 class _Argument(ctypes.Structure):
@@ -44,9 +46,18 @@ def build(sources: Sequence[Path], folder: Path) -> ctypes.CDLL:
     text += ["const std::vector<shim::Known> shim::kernels = {", *known, "};"]
     unit, library = folder / "kernels.cpp", folder / "kernels.so"
     unit.write_text("\n".join(text))
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-w"]
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-ftree-vectorize",
+        "-fPIC",
+        "-shared",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+        "-w",
+    ]
     if "fma" in Path("/proc/cpuinfo").read_text().split():
-        flags.append("-mfma")
+        flags += ["-mfma", "-mavx2"]
     assert COMPILER is not None
     done = subprocess.run(
         [COMPILER, *flags, f"-I{HERE}", f"-I{kernels}", str(unit), "-o", str(library)],
@@ -135,12 +146,12 @@ class ShimMachine:
 
     def upload(self, buffer: Buffer, data: np.ndarray, offset: int = 0) -> None:
         assert data.flags.c_contiguous
-        assert 0 <= offset and offset + data.nbytes <= buffer.n_bytes
+        assert offset >= 0 and offset + data.nbytes <= buffer.n_bytes
         ctypes.memmove(buffer.address + offset, data.ctypes.data, data.nbytes)
 
     def download(self, buffer: Buffer, out: np.ndarray, offset: int = 0) -> None:
         assert out.flags.c_contiguous
-        assert 0 <= offset and offset + out.nbytes <= buffer.n_bytes
+        assert offset >= 0 and offset + out.nbytes <= buffer.n_bytes
         ctypes.memmove(out.ctypes.data, buffer.address + offset, out.nbytes)
 
     def launch(self, launch: Launch) -> None:

@@ -71,9 +71,7 @@ class Pool:
         buffer = self._machine.alloc(addresses.nbytes)
         self._machine.upload(buffer, addresses)
         n_words = self.block_bytes // 4
-        self._machine.launch(
-            Launch("copy_blocks", (_COPY_BLOCKS, len(pairs), 1), 256, 0, (buffer, n_words))
-        )
+        self._machine.launch(Launch("copy_blocks", (_COPY_BLOCKS, len(pairs), 1), 256, 0, (buffer, n_words)))
 
 
 class KvCache:

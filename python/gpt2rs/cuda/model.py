@@ -1,7 +1,7 @@
 """GPT-2 on a GPU: what `_core.Model` is on the CPU, over a machine that runs the kernels.
 
-The logits of a token sequence are the same bits alone and in any batch, whole or in pieces: every kernel computes a row
-by one plan, which depends on the matrices and the row's position alone.
+The logits of a token sequence are the same bits alone and in any batch, whole or in pieces: every kernel
+computes a row by one plan, which depends on the matrices and the row's position alone.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class CudaModel:
         kv_dtype: str | None = None,
         precision: str = "exact",
     ) -> None:
-        """Upload the weights; ValueError for types that a GPU does not hold, and for tensors that are missing.
+        """Upload the weights; ValueError for types that a GPU does not hold, and for missing tensors.
 
         dtype: "float32" or "bfloat16".  kv_dtype: the same; None: that of the weights.  precision: "exact":
-        activations meet bfloat16 weights as float32, in three parts; "fast": rounded to bfloat16.  on_cpu: makes
-        the same model on the CPU, for saving.
+        activations meet bfloat16 weights as float32, in three parts; "fast": rounded to bfloat16.  on_cpu:
+        makes the same model on the CPU, for saving.
         """
         for name, value in (("dtype", dtype), ("kv_dtype", kv_dtype or dtype)):
             if value not in ("float32", "bfloat16"):
@@ -80,8 +80,8 @@ class CudaModel:
         """A model with a checkpoint's weights."""
         if checkpoint.packed() is not None:
             raise ValueError(
-                "a packed file holds weights as the CPU's kernels take them; a GPU needs the checkpoint that it "
-                "was made from"
+                "a packed file holds weights as the CPU's kernels take them; a GPU needs the checkpoint "
+                "that it was made from"
             )
 
         def on_cpu() -> _core.Model:
@@ -326,9 +326,7 @@ class CudaModel:
             session.computed += count
         return stream
 
-    def _slices(
-        self, tokens: Sequence[int]
-    ) -> Iterator[tuple[Room, Plan, Stream, int, int]]:
+    def _slices(self, tokens: Sequence[int]) -> Iterator[tuple[Room, Plan, Stream, int, int]]:
         """Run a fresh sequence in passes; of each, slices of at most `LOGIT_ROWS` rows, as (first, count)."""
         session = self.session()
         session.push(tokens)

@@ -2,9 +2,10 @@
 
     embed -> (ln_1 + c_attn -> attention -> c_proj -> ln_2 + c_fc -> c_proj) * L -> ln_f + lm_head -> sample
 
-Two forms give the same bits.  For few rows LayerNorm rides in the product behind it: five launches a layer.  For a
-prompt, or rows too long for that, it is a launch of its own.  A product into the residual stream leaves partial sums,
-which whoever reads the stream next adds, in their order; so K may be shared among blocks without a launch more.
+Two forms give the same bits.  For few rows LayerNorm rides in the product behind it: five launches a
+layer.  For a prompt, or rows too long for that, it is a launch of its own.  A product into the residual
+stream leaves partial sums, which whoever reads the stream next adds, in their order; so K may be shared
+among blocks without a launch more.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _FUSED_C, _FUSED_SMEM = 2048, 99 << 10
 class Room:
     """Buffers of a pass of up to `n_rows` rows: what its rows are, and activations."""
 
-    def __init__(self, machine: Machine, shape: Shape, n_rows: int, *, n_sequences: int, n_logits: int) -> None:
+    def __init__(
+        self, machine: Machine, shape: Shape, n_rows: int, *, n_sequences: int, n_logits: int
+    ) -> None:
         """Take the memory; RuntimeError where it lacks."""
         config = shape.config
         self.n_rows = n_rows
@@ -108,15 +111,24 @@ class Plan:
         stream = Stream()
         for layer, block in enumerate(self._weights.blocks):
             qkv = self._to(
-                _QKV, block.c_attn.bias, 3 * self._shape.attended, room.queries,
-                parts=self._shape.query_parts, stride=self._shape.attended, layer=layer,
+                _QKV,
+                block.c_attn.bias,
+                3 * self._shape.attended,
+                room.queries,
+                parts=self._shape.query_parts,
+                stride=self._shape.attended,
+                layer=layer,
             )
             launches += self._normed_product(stream, block.ln_1, block.c_attn.weight, n_rows, qkv, prompt)
             launches.append(self._attention(layer, n_tiles))
             launches += self._into_stream(stream, block.attn_c_proj, room.attended, n_rows, prompt)
             act = self._to(
-                _ACTIVATE, block.c_fc.bias, self._shape.inner, room.inner,
-                parts=self._shape.parts, stride=self._shape.inner,
+                _ACTIVATE,
+                block.c_fc.bias,
+                self._shape.inner,
+                room.inner,
+                parts=self._shape.parts,
+                stride=self._shape.inner,
             )
             launches += self._normed_product(stream, block.ln_2, block.c_fc.weight, n_rows, act, prompt)
             launches += self._into_stream(stream, block.mlp_c_proj, room.inner, n_rows, prompt)
@@ -147,7 +159,10 @@ class Plan:
         """Logits of rows first .. first + n_rows, at most `LOGIT_ROWS`."""
         room = self._room
         norm = self._norm(stream, self._weights.ln_f, n_rows, room.last, self._shape.parts, first)
-        return [norm, self._product(self._weights.lm_head, room.last, self._shape.k, n_rows, self._logits(), True)]
+        return [
+            norm,
+            self._product(self._weights.lm_head, room.last, self._shape.k, n_rows, self._logits(), True),
+        ]
 
     def hidden(self, stream: Stream, first: int, n_rows: int) -> Launch:
         """Rows after ln_f, as float32 (n_rows, k)."""
@@ -185,7 +200,9 @@ class Plan:
         self, stream: Stream, norm: Norm, n_rows: int, out: Buffer, parts: int, first: int = 0
     ) -> Launch:
         shape, config = self._shape, self._shape.config
-        height = self._room.plane_rows if out is self._room.normed else padded(self._room.n_logits, _ROWS_OF_TILE)
+        height = (
+            self._room.plane_rows if out is self._room.normed else padded(self._room.n_logits, _ROWS_OF_TILE)
+        )
         return Launch(
             "layer_norm",
             (n_rows, 1, 1),

@@ -1,9 +1,9 @@
 """Decoding: one CUDA graph a token, run several times without the host.
 
-Tokens, positions and settings of a batch are in device memory; the last kernel of a step puts the chosen tokens in for
-the next one, and into a mailbox in the host's memory.  Several steps are queued at a time, and what they gave is handed
-out call by call; it is dropped when a sequence is changed meanwhile.  Steps beyond what is asked for write only to
-positions that nobody has read.
+Tokens, positions and settings of a batch are in device memory; the last kernel of a step puts the chosen
+tokens in for the next one, and into a mailbox in the host's memory.  Several steps are queued at a time,
+and what they gave is handed out call by call; it is dropped when a sequence is changed meanwhile.  Steps
+beyond what is asked for write only to positions that nobody has read.
 """
 
 from __future__ import annotations
@@ -60,11 +60,9 @@ class Ahead:
 
 
 class Steps:
-    """The rows of up to `bucket` sequences on the device, and the graph that takes all of them one token further."""
+    """The rows of up to `bucket` sequences on the device, and the graph that takes them one token further."""
 
-    def __init__(
-        self, machine: Machine, shape: Shape, weights: Weights, pool: Pool, bucket: int
-    ) -> None:
+    def __init__(self, machine: Machine, shape: Shape, weights: Weights, pool: Pool, bucket: int) -> None:
         """Take the memory; graphs are recorded on first use."""
         config = shape.config
         self._machine, self._pool, self._bucket = machine, pool, bucket
@@ -100,8 +98,8 @@ class Steps:
     def advance(
         self, sessions: Sequence[CudaSession], samplers: Sequence[_core.Sampler], ahead: Ahead | None
     ) -> Ahead:
-        """Tokens of these sessions, of which all but the last are computed, in `ahead` if it still has any, or in a
-        new one; it is None where the device's rows are not theirs."""
+        """The next tokens of these sessions, of which all but the last are computed: those left in `ahead`,
+        or of further steps.  ahead: None where the device's rows are not theirs."""
         if ahead is not None and ahead.rows:
             return ahead
         n_steps = 1 if ahead is None else min(2 * ahead.n_steps, MAX_STEPS)

@@ -1,7 +1,7 @@
 """A checkpoint's tensors, laid out for the kernels and put into device memory.
 
-Sizes are padded with zeros, which change no sum: a head's channels and every K to a multiple of 32, N to one of 64.
-So odd shapes need nothing of the kernels.
+Sizes are padded with zeros, which change no sum: a head's channels and every K to a multiple of 32, N to
+one of 64.  So odd shapes need nothing of the kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .. import _core
 from .machine import Buffer, Machine
 
 _GROUP, _TILE = 32, 16
-# Sums that a product leaves to its reader at most (MAX_PARTIALS of the kernels), and groups of K that one has.
+# Most sums that a product leaves to its reader (MAX_PARTIALS of the kernels); groups of K that one has.
 _MAX_SPLITS, _GROUPS_OF_SPLIT = 4, 12
 
 _ACTIVATIONS = {
@@ -46,8 +46,8 @@ class Tensors(Protocol):
 class Shape:
     """Sizes as the kernels see them, and how numbers are held.
 
-    parts: bfloat16 values that an activation is the sum of where it meets bfloat16 weights, 3 (exact) or 1 (rounded); 0
-    stands for float32 weights.  wide: keys and values in float32.
+    parts: bfloat16 values that an activation is the sum of where it meets bfloat16 weights, 3 (exact) or 1
+    (rounded); 0 stands for float32 weights.  wide: keys and values in float32.
     """
 
     config: _core.Config
@@ -96,7 +96,8 @@ class Shape:
 class Matrix:
     """K inputs, N outputs, both padded, and how sums over K are cut: by the matrix alone.
 
-    warps: ranges of K that the warps of one block take.  splits: blocks that share K, each with so many ranges.
+    warps: ranges of K that the warps of one block take.  splits: blocks that share K, each with so many
+    ranges.
     """
 
     data: Buffer
@@ -179,7 +180,7 @@ def columns(weight: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def load(machine: Machine, shape: Shape, tensors: Tensors) -> Weights:
-    """Read, lay out and upload all tensors, one at a time; ValueError for one that is missing or of another shape."""
+    """Read, lay out and upload all tensors, one at a time; ValueError for a missing one or a wrong shape."""
     return _Loader(machine, shape, tensors).weights()
 
 
@@ -230,9 +231,7 @@ class _Loader:
     def _embedding(self, name: str) -> Matrix:
         return self._matrix(self._tensors.get(name), warps=1)
 
-    def _matrix(
-        self, weight: NDArray[np.float32], *, warps: int = 8, into_stream: bool = False
-    ) -> Matrix:
+    def _matrix(self, weight: NDArray[np.float32], *, warps: int = 8, into_stream: bool = False) -> Matrix:
         """From (N, K); products into the residual stream may leave several sums, which are added there."""
         weight = _pad(_pad(weight, padded(weight.shape[0], 64), 0), padded(weight.shape[1]), 1)
         n, k = weight.shape

@@ -27,8 +27,8 @@ template <int PARTS>
 DEVICE void attend(Global<const u16> queries, int stride, u64 plane, const Tiles& tiles, const Cache& cache, float scale,
                    Global<u16> out, int out_parts, u64 out_plane) {
     u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, g = lane / 4, t = lane % 4;
-    next_may_start();
     previous_done();
+    next_may_start();
     u32 head = blockIdx.y, first_channel = blockIdx.z * CHANNELS, HS = cache.head_size;
     int first_row = tiles.first_rows[blockIdx.x], count = tiles.counts[blockIdx.x];
     int position = tiles.positions[first_row], sequence = tiles.sequences[first_row];
@@ -225,8 +225,8 @@ ATTENTION(3)
 // merging are those above. A block has 128 threads, one for each position of a run, then one for each channel.
 KERNEL(128, 1) attention_float32(ATTENTION_PARAMETERS(float)) {
     u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
-    next_may_start();
     previous_done();
+    next_may_start();
     Cache cache{tables, table_stride, layer, n_head, head_size, 1};
     u32 head = blockIdx.y, HS = head_size, channel = blockIdx.z * RUN + thread;
     u32 row = first_rows[blockIdx.x];

@@ -24,8 +24,8 @@ KERNEL(256, 1) matmul_float32(Global<const float> weights, int k, Global<const f
         }
         copies_commit();
     };
-    next_may_start();
     previous_done();
+    next_may_start();
     for (int i = 0; i < STAGES - 1; ++i) fetch(i);
     float sum = 0.0f;
     for (u32 step = 0; step < steps; ++step) {
@@ -35,7 +35,11 @@ KERNEL(256, 1) matmul_float32(Global<const float> weights, int k, Global<const f
         Shared<const float> w = shared_at<const float>(step % STAGES * STAGE);
         Shared<const float> x = shared_at<const float>(step % STAGES * STAGE + ROWS_AT) + row * STEP;
 #pragma unroll
-        for (u32 i = 0; i < STEP; ++i) sum = fmaf(w[i * OUTPUTS + output], x[i], sum);
+        for (u32 i = 0; i < STEP; i += 4) {
+            Words four = load16(x + i);
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j) sum = fmaf(w[(i + j) * OUTPUTS + output], float_of(four.w[j]), sum);
+        }
     }
     copies_wait<0>();
     if (first_row + row < static_cast<u32>(rows))

@@ -100,8 +100,8 @@ DEVICE void row_matmul(Global<const u16> weights, u32 tiles, u32 groups, u32 war
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
         if (first + i < last) fetch(ahead[i], first + i);
-    next_may_start();
     previous_done();
+    next_may_start();
 
     u32 first_row = blockIdx.y * ROWS, k = groups * GROUP;
     int n_rows = rows - first_row < ROWS ? rows - first_row : ROWS;

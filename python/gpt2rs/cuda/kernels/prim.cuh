@@ -58,7 +58,7 @@ DEVICE void previous_done() {
 #endif
 }
 
-// Lets the next kernel begin, up to its own previous_done.
+// Lets the next kernel begin, up to its own previous_done. After that of this kernel, so that no more than two overlap.
 DEVICE void next_may_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

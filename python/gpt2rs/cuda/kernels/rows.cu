@@ -7,8 +7,8 @@
 // head's matrix: in fragments of bfloat16, or (V / 32, K, 32) float32 where `wide`.
 KERNEL(256, 1) embed(Global<const int> tokens, Global<const int> positions, Global<const u16> wte, int wide, int k,
                      Global<const float> wpe, Global<float> x, int C) {
-    next_may_start();
     previous_done();
+    next_may_start();
     u32 row = blockIdx.x;
     int position = positions[row];
     u32 token = position < 0 ? 0 : tokens[row];
@@ -29,8 +29,8 @@ KERNEL(256, 1) layer_norm(Global<const float> x, Global<const float> partials, i
                           Global<const float> added_bias, Global<float> x_out, Global<const float> gain,
                           Global<const float> shift, float epsilon, int C, Global<u16> out, int parts, int stride,
                           int out_plane, int first) {
-    next_may_start();
     previous_done();
+    next_may_start();
     Shared<float> lanes = shared_at<float>(0), sums = shared_at<float>(BLOCK * sizeof(float));
     Stream stream{x, partials, added_bias, n_partials, static_cast<u64>(plane), C};
     u32 row = first + blockIdx.x;
@@ -59,8 +59,8 @@ KERNEL(256, 1) layer_norm(Global<const float> x, Global<const float> partials, i
 
 // Copies whole blocks of the cache: `pairs` has (to, from) addresses, one pair for each blockIdx.y.
 KERNEL(256, 1) copy_blocks(Global<const u64> pairs, int n_words) {
-    next_may_start();
     previous_done();
+    next_may_start();
     Global<u32> to = global_at<u32>(pairs[2 * blockIdx.y]);
     Global<const u32> from = global_at<const u32>(pairs[2 * blockIdx.y + 1]);
     for (u64 i = static_cast<u64>(blockIdx.x) * BLOCK + threadIdx.x; i < static_cast<u64>(n_words);

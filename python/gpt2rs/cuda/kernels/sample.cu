@@ -218,8 +218,8 @@ DEVICE u32 draw(const Settings& settings, const Scratch& scratch, Global<const f
 KERNEL(512, 1) sample(Global<float> logits, int n_vocab, Global<const Settings> all_settings, Global<int> tokens,
                       Global<int> positions, Global<int> history, int history_stride, Global<int> mailbox, int n_slots,
                       Global<int> steps) {
-    next_may_start();
     previous_done();
+    next_may_start();
     u32 row = blockIdx.x, n = n_vocab;
     int position = positions[row];
     if (position < 0) return;

@@ -32,8 +32,8 @@ DEVICE void tiled_matmul(Global<const u16> weights, u32 groups, u32 warps_k, Glo
         }
         copies_commit();
     };
-    next_may_start();
     previous_done();
+    next_may_start();
     for (int i = 0; i < STAGES - 1; ++i) fetch(first + i);
 
     // The warp's 16 outputs and 32 rows, in four tiles of 8 rows.
