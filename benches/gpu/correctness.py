@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,55 +18,48 @@ from gpt2rs.cuda.gpu import Gpu
 from gpt2rs.cuda.machine import Launch
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden" / "cases"
-UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
+
+
+# Prompts of a batch: each so many tokens longer than the one before, up to a number where it begins anew.
+PROMPTS = (37, 200)
 
 
 class Wrong(AssertionError):
     """A check that failed, and how."""
 
 
-def golden(device: str) -> str:
-    """Logits of every reference checkpoint against transformers in float64, and the greedy texts."""
+def golden(device: str, names: Sequence[str] | None = None) -> str:
+    """Logits of the reference checkpoints, or those named, against transformers in float64, and texts."""
     sys.path.insert(0, str(ROOT / "tests" / "python"))
     from golden_cases import CASES, expected, generations
     from test_golden import bound
 
+    chosen = list(CASES) if names is None else names
     worst, n_texts = 0.0, 0
-    for name, folder in CASES.items():
+    for name in chosen:
+        want = expected(name)
         for dtype in ("float32", "bfloat16"):
-            model = gpt2rs.GPT2.from_pretrained(folder, dtype=dtype, device=device)
-            want = expected(name)
+            model = gpt2rs.GPT2.from_pretrained(CASES[name], dtype=dtype, device=device)
             for ids, logits in zip(want["input_ids"], want["logits"], strict=True):
                 error = np.abs(model.logits(ids) - logits).max()
                 allowed = bound(model.config, np.abs(logits).max(), rounded=dtype == "bfloat16")
                 worst = max(worst, float(error / allowed))
                 if not error <= allowed:
-                    raise Wrong(
-                        f"{name}, {dtype}: logits are off by {error:.3g}; at most {allowed:.3g} is due"
-                    )
-        model = gpt2rs.GPT2.from_pretrained(folder, dtype="float32", device=device)
+                    raise Wrong(f"{name}, {dtype}: logits are off by {error:.3g}, by {allowed:.3g} at most")
+        model = gpt2rs.GPT2.from_pretrained(CASES[name], dtype="float32", device=device)
         for run in generations(name):
-            if run["kwargs"].get("do_sample"):
-                continue
-            found = model.generate(run["prompt"], **settings_of(run["kwargs"])).tokens
-            if found != run["new_tokens"]:
-                raise Wrong(f"{name}, {run['name']}: {found} instead of {run['new_tokens']}")
+            found = model.generate(run["prompt"], **run["kwargs"]).tokens
+            if found != run["tokens"]:
+                raise Wrong(f"{name}, {run['name']}: {found} instead of {run['tokens']}")
             n_texts += 1
-    return (
-        f"{len(CASES)} checkpoints, errors up to {100 * worst:.0f} % of the bound; {n_texts} texts the same"
-    )
-
-
-def settings_of(kwargs: dict[str, object]) -> dict[str, object]:
-    """The settings of a golden generation, as gpt2rs spells them."""
-    known = gpt2rs.Settings.__dataclass_fields__
-    return {name: value for name, value in kwargs.items() if name in known}
+    errors = f"logits within {100 * worst:.0f} % of their bound"
+    return f"{len(chosen)} checkpoints in float32 and bfloat16, {errors}; {n_texts} texts are the same"
 
 
 def batch_invariance(model: gpt2rs.GPT2, n_sequences: int) -> str:
     """A sequence's logits and text alone, in a batch, and with its prompt cut into pieces: equal bits."""
-    lengths = [1 + 37 * i % 200 for i in range(n_sequences)]
+    step, longest = PROMPTS
+    lengths = [1 + step * i % longest for i in range(n_sequences)]
     prompts = [tokens(model, n, seed=i) for i, n in enumerate(lengths)]
     together = [model.session() for _ in prompts]
     model._core.prefill([session._core for session in together], prompts)

@@ -45,7 +45,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--contexts", type=counts, default=(32, 896), metavar="N,...", help="default: 32,896")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--precision", choices=("exact", "fast"), default="exact", help="of the activations (default: exact)")
-    add("--steps", type=count, default=64, metavar="N", help="of decoding in a round (default: 64)")
+    add(
+        "--steps",
+        type=count,
+        default=64,
+        metavar="N",
+        help="of decoding in a round, a multiple of 8 (default: 64)",
+    )
     add("--rounds", type=count, default=7, metavar="N", help="default: 7")
     add("--parts", type=some_of(PARTS), default=PARTS, metavar="PART,...", help=", ".join(PARTS))
     add("--json", type=Path, metavar="FILE", help="write all figures there")

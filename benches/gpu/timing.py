@@ -72,7 +72,8 @@ class Decoding:
         model = self._model
         sessions = [prompt.fork() for prompt in self._prompts]
         samplers = [self._settings.sampler(model.config, prompt_len=self._context, seed=0) for _ in sessions]
-        n_first = min(8, self._n_steps // 4)
+        # Steps are queued up to eight at a time: from here on one is replayed for each that is asked for.
+        n_first = 8 if self._n_steps >= 16 else self._n_steps // 4
         for _ in range(n_first):
             model._core.decode(sessions, samplers)
         n_steps = self._n_steps - n_first

@@ -177,6 +177,7 @@ class FakeDriver(types.ModuleType):
         self.memory: dict[int, Memory] = {}
         self.handles: dict[int, Any] = {}
         self.executed: list[str] = []
+        self.clock = 0
         self.overlapping: list[str] = []
         self._sticky = OK
         self._initialized = False
@@ -389,7 +390,13 @@ class FakeDriver(types.ModuleType):
     def cuMemcpyDtoDAsync(
         self, dstDevice: int, srcDevice: int, ByteCount: int, hStream: int
     ) -> tuple[Any, ...]:
-        return self.cuMemcpyDtoHAsync(dstDevice, srcDevice, ByteCount, hStream)
+        def copy() -> None:
+            self._check(srcDevice, ByteCount)
+            self._check(dstDevice, ByteCount)
+            ctypes.memmove(dstDevice, srcDevice, ByteCount)
+            self.clock += 1
+
+        return self._queue(hStream, copy)
 
     # Modules and kernels.
 
@@ -445,6 +452,7 @@ class FakeDriver(types.ModuleType):
 
         def run() -> None:
             self.executed.append(f)
+            self.clock += 1
             kernel.run(grid, block, sharedMemBytes, *given)
 
         return self._queue(hStream, run)
@@ -514,11 +522,11 @@ class FakeDriver(types.ModuleType):
         return (OK,)
 
     def cuEventRecord(self, hEvent: int, hStream: int) -> tuple[Any, ...]:
-        """Time is the number of kernels that ran: a millisecond each."""
+        """Every kernel takes a millisecond, and so does a copy within the device."""
         event = self.handles[hEvent]
 
         def record() -> None:
-            event[0] = float(len(self.executed))
+            event[0] = float(self.clock)
 
         return self._queue(hStream, record)
 
@@ -593,6 +601,10 @@ class FakeNvrtc(types.ModuleType):
 
     def nvrtcDestroyProgram(self, prog: int) -> tuple[Any, ...]:
         return (OK,)
+
+    def source(self, prog: int) -> str:
+        """A program's text."""
+        return self._programs[prog][1].decode()
 
     def _log(self, prog: int) -> bytes:
         name, source = self._programs[prog]

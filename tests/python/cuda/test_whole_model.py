@@ -1,113 +1,30 @@
-"""Whole models through all but the hardware: `CudaModel` -> `Gpu` -> the fake driver -> the kernels' source.
-
-The kernels run as C++ on the host (`tests/cuda`), in memory that the fake driver gave out, with the arguments
-that came through its parameter lists.  Where NVRTC is installed, the sizes of these are those of the compiled
-cubins.
-"""
+"""Whole models through all but the hardware: `CudaModel`, `Gpu`, the fake driver, the kernels' source."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cubins
-import fake_driver
 import numpy as np
 import pytest
-from fake_driver import FakeDriver, FakeNvrtc, Kernel, KernelFault, Memory
-from test_kernels_compile import has_nvrtc
+import shim_driver
+from fake_driver import KernelFault
+from shim_driver import ShimDriver
+from shim_models import needs_shim
 
 import gpt2rs
 from golden_cases import CASES
-from gpt2rs.cuda import compiler
-from gpt2rs.cuda.gpu import Gpu
-from gpt2rs.cuda.machine import Launch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "cuda"))
-import shim_machine
-
-pytestmark = pytest.mark.skipif(shim_machine.COMPILER is None, reason="there is no C++ compiler (g++)")
+pytestmark = needs_shim
 
 PROMPT = [5, 400, 17, 3, 256, 99, 8]
 
 
-class ShimDriver(FakeDriver):
-    """Kernels run on the host shim, in the shim's memory."""
-
-    def __init__(self, shim: ctypes.CDLL, sizes: dict[str, tuple[int, ...]]) -> None:
-        super().__init__()
-        self._shim = shim
-        self._kinds: dict[str, bytes] = {}
-        self._n_launched = 0
-        self.kernels = {name: Kernel(size, self._runner(name)) for name, size in sizes.items()}
-
-    def note(self, launch: Launch) -> None:
-        """Remember what a kernel's arguments are: their bytes don't tell an int from a float."""
-        kinds = [
-            b"f" if isinstance(arg, float) else b"i" if isinstance(arg, int) else b"b" for arg in launch.args
-        ]
-        self._kinds[launch.kernel] = b"".join(kinds)
-
-    def _runner(self, name: str) -> Any:
-        def run(grid: tuple[int, ...], block: int, smem: int, *given: bytes) -> None:
-            arguments = (shim_machine._Argument * len(given))()
-            for argument, kind, value in zip(arguments, self._kinds[name], given, strict=True):
-                argument.kind, argument.bits = bytes([kind]), int.from_bytes(value, "little")
-            self._n_launched += 1
-            place = (ctypes.c_uint32 * 3)(*grid)
-            fault = self._shim.shim_launch(
-                name.encode(), place, block, smem, arguments, len(given), self._n_launched
-            )
-            if fault is not None:
-                print(fault.decode(), file=sys.stderr)
-                raise KernelFault
-
-        return run
-
-    def _allocate(self, n_bytes: int, *, pinned: bool) -> tuple[Any, ...]:
-        address = self._shim.shim_alloc(n_bytes)
-        self.memory[address] = Memory(None, n_bytes, pinned)
-        return fake_driver.OK, address
-
-    def _give_back(self, address: int, *, pinned: bool) -> None:
-        assert self.memory.pop(address).pinned == pinned, "freed as the wrong kind of memory"
-        self._shim.shim_free(address)
-
-
-def parameter_sizes() -> dict[str, tuple[int, ...]] | None:
-    """Of the package's kernels as compiled; None without NVRTC."""
-    if not has_nvrtc():
-        return None
-    sources = compiler.package_sources()
-    return {
-        name: sizes
-        for code in (compiler.compile_source(source, "sm_90").cubin for source in sources)
-        for name, sizes in cubins.parameters(code).items()
-    }
-
-
-SIZES = parameter_sizes() if shim_machine.COMPILER else None
-
-
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ShimDriver]:
     monkeypatch.setenv("GPT2RS_CACHE_DIR", str(tmp_path))
-    names = [name for source in compiler.package_sources() for name in shim_machine.kernel_names(source.text)]
-    made = ShimDriver(shim_machine.package_kernels(), SIZES or dict.fromkeys(names, ()))
-    monkeypatch.setattr(FakeNvrtc, "_cubin", lambda self, prog: fake_driver.cubin(*names))
-    original = Gpu._launch
-
-    def noted(self: Gpu, launch: Launch, stream: Any) -> None:
-        made.note(launch)
-        if SIZES is None:
-            kinds = made._kinds[launch.kernel]
-            made.kernels[launch.kernel].sizes = tuple(8 if kind == b"b"[0] else 4 for kind in kinds)
-        original(self, launch, stream)
-
-    monkeypatch.setattr(Gpu, "_launch", noted)
-    with fake_driver.installed(monkeypatch, made):
+    with shim_driver.installed(monkeypatch) as made:
         yield made
 
 
