@@ -66,7 +66,7 @@ class Steps:
         """Take the memory; graphs are recorded on first use."""
         config = shape.config
         self._machine, self._pool, self._bucket = machine, pool, bucket
-        self._n_ctx, self._n_vocab = config.n_ctx, config.n_vocab
+        self._n_ctx, self._n_vocab, self._stride = config.n_ctx, config.n_vocab, shape.vocab
         self._room = room = Room(machine, shape, bucket, n_sequences=bucket, n_logits=bucket)
         self._plan = Plan(shape, weights, room)
         self._mailbox = machine.mailbox(4 * MAX_STEPS * bucket)
@@ -89,11 +89,11 @@ class Steps:
         self._reserve(sessions, 1)
         self._set(sessions)
         self._graph("logits").launch()
-        rows = np.empty((len(sessions), self._n_vocab), np.float32)
+        rows = np.empty((len(sessions), self._stride), np.float32)
         self._machine.download(self._room.logits, rows)
         for session in sessions:
             session.computed = session.pos
-        return rows
+        return rows[:, : self._n_vocab]
 
     def advance(
         self, sessions: Sequence[CudaSession], samplers: Sequence[_core.Sampler], ahead: Ahead | None
