@@ -453,6 +453,8 @@ class _Handles:
             for cubin in cubins:
                 self._modules.append(call(cu.cuModuleLoadData, cubin))
                 self._undo.append((cu.cuModuleUnload, self._modules[-1]))
+            # Before anything goes back: what is queued may still use it.
+            self._undo.append((cu.cuStreamSynchronize, self.stream))
         finally:
             cu.cuCtxPopCurrent()
 

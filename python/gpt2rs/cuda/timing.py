@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .gpu import Gpu
 
-# Several times the second-level cache of any GPU so far, read and written.
+# Several times the second-level cache of any GPU so far.
 COPY_BYTES = 1 << 30
 
 
@@ -18,7 +18,9 @@ def elapsed(gpu: Gpu, work: Callable[[], None]) -> float:
 
 
 def copy_bandwidth(gpu: Gpu, n_bytes: int = COPY_BYTES, repeats: int = 5) -> float:
-    """GB/s of a copy within the GPU's memory, bytes read and written counted, the best of several."""
+    """GB/s of a copy within the GPU's memory, bytes read and written counted, the best of several; of less
+    than n_bytes where that would take more than half of what is free."""
+    n_bytes = min(n_bytes, gpu.memory()[0] // 4)
     source, target = gpu.alloc(n_bytes), gpu.alloc(n_bytes)
     try:
         times = [elapsed(gpu, lambda: gpu.copy(target, source)) for _ in range(1 + repeats)]

@@ -308,6 +308,12 @@ class FakeDriver(types.ModuleType):
         if not inside:
             raise KernelFault
 
+    def _is_pinned(self, address: int) -> bool:
+        return any(
+            memory.pinned and start <= address < start + memory.n_bytes
+            for start, memory in self.memory.items()
+        )
+
     def view(self, address: int, n: int, dtype: Any = np.float32) -> Any:
         """Memory as a kernel sees it: n values at an address."""
         n_bytes = n * np.dtype(dtype).itemsize
@@ -362,7 +368,10 @@ class FakeDriver(types.ModuleType):
     def cuMemcpyHtoDAsync(
         self, dstDevice: int, srcHost: int, ByteCount: int, hStream: int
     ) -> tuple[Any, ...]:
+        pinned = self._is_pinned(srcHost)
+
         def copy() -> None:
+            assert self._is_pinned(srcHost) == pinned, "pinned memory was freed under a copy"
             self._check(dstDevice, ByteCount)
             ctypes.memmove(dstDevice, srcHost, ByteCount)
 
@@ -594,9 +603,11 @@ class FakeNvrtc(types.ModuleType):
 
 
 @contextmanager
-def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeDriver, FakeNvrtc]]:
+def installed(
+    monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None = None
+) -> Iterator[tuple[FakeDriver, FakeNvrtc]]:
     """`from cuda.bindings import driver, nvrtc` gives these, whether cuda-python is installed or not."""
-    driver, nvrtc = FakeDriver(), FakeNvrtc()
+    driver, nvrtc = driver or FakeDriver(), FakeNvrtc()
     bindings, package = types.ModuleType("cuda.bindings"), types.ModuleType("cuda")
     pathfinder = types.ModuleType("cuda.pathfinder")
     pathfinder.load_nvidia_dynamic_lib = lambda name: types.SimpleNamespace(abs_path=None)  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from fake_driver import CUresult, FakeDriver, FakeNvrtc, Gpu
-from stand_in import StandIn
 
 import gpt2rs
 from golden_cases import CASES
@@ -84,9 +83,8 @@ WAYS = {
 
 
 @pytest.fixture(autouse=True)
-def _stand_in(monkeypatch: pytest.MonkeyPatch, fakes: Any) -> None:
+def _no_gpu_is_hidden(monkeypatch: pytest.MonkeyPatch, fakes: Any) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    StandIn.take_place(monkeypatch)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -122,8 +120,9 @@ def test_of_too_little_memory_has_the_numbers(driver: FakeDriver) -> None:
 
 
 def test_of_memory_that_runs_out_while_loading_makes_auto_take_the_cpu(driver: FakeDriver) -> None:
-    StandIn.extra_bytes = driver.gpus[0].n_bytes
+    driver.errors["cuMemAllocFromPoolAsync"] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
     assert gpt2rs.GPT2.from_pretrained(CASES["plain"], device="auto").device == "cpu"
+    driver.errors["cuMemAllocFromPoolAsync"] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
     with pytest.raises(RuntimeError, match=r"^device is 'cuda', but out of memory on cuda:0 \(NVIDIA H200\)"):
         gpt2rs.GPT2.from_pretrained(CASES["plain"], device="cuda")
 

@@ -227,10 +227,11 @@ class TestKernels:
         driver.cuInit(0)
         gpu = Gpu(Device(0, "a GPU", *capability, 10**6), "", [cubin("count")])
         where = gpu.alloc(4)
-        early = dataclasses.replace(launch_count(where), overlap=True)
-        gpu.launch(launch_count(where))
+        early = launch_count(where)
+        late = dataclasses.replace(early, overlap=False)
+        gpu.launch(late)
         gpu.launch(early)
-        gpu.graph([launch_count(where), early]).launch()
+        gpu.graph([late, early]).launch()
         assert got(gpu, where, 1, np.int32)[0] == 4
         assert driver.overlapping == (["count"] * 2 if capability >= (9, 0) else [])
 

@@ -1,0 +1,30 @@
+// Does a column of an MMA depend on where it stands? PTX leaves the order of the sums inside an MMA open, so a row of a
+// batch keeps its bits only if the hardware computes the same column alike in each of the eight places.
+#include "prim.cuh"
+
+// Block i multiplies a chain of n_steps matrices (16, 16) into (16, 8), of which column `place` is always the same and the
+// others are not; for place 0 to 7. a: the matrices as lanes hold them, 4 words a lane. column: its 8 words a step.
+// others: 2 words a lane and step, of columns that change with the place. out (blocks, 8, 16) float32: the column's sums.
+KERNEL(32, 1) columns(Global<const u32> a, Global<const u32> column, Global<const u32> others, Global<float> out,
+                      int n_steps) {
+    next_may_start();
+    previous_done();
+    u32 lane = threadIdx.x, g = lane / 4, t = lane % 4;
+    for (u32 place = 0; place < 8; ++place) {
+        float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (u32 step = 0; step < static_cast<u32>(n_steps); ++step) {
+            u64 at = static_cast<u64>(blockIdx.x) * n_steps + step;
+            u32 words[4];
+            for (u32 i = 0; i < 4; ++i) words[i] = a[(at * WARP + lane) * 4 + i];
+            u64 other = ((at + place) % (static_cast<u64>(gridDim.x) * n_steps) * WARP + lane) * 2;
+            u32 b0 = g == place ? column[at * 8 + t] : others[other];
+            u32 b1 = g == place ? column[at * 8 + 4 + t] : others[other + 1];
+            mma(sums, words, b0, b1);
+        }
+        if (t == place / 2) {
+            u64 row = (static_cast<u64>(blockIdx.x) * 8 + place) * 16;
+            out[row + g] = place % 2 ? sums[1] : sums[0];
+            out[row + g + 8] = place % 2 ? sums[3] : sums[2];
+        }
+    }
+}
