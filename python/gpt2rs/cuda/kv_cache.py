@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 
 import numpy as np
 
@@ -37,31 +37,29 @@ class Pool:
         self.block_bytes = max(256, 2 * config.n_layer * shape.attended * POSITIONS * element)
         self._slabs: list[Buffer] = []
         self._free: list[int] = []
-        # Sequences are forgotten in any thread, at any time.
-        self._lock = threading.RLock()
+        # Blocks of caches that were forgotten: in any thread, at any time, so that no lock may be waited for.
+        self.abandoned: deque[list[Block]] = deque()
 
     def take(self) -> Block:
         """A block; what is in it is not to be read.  RuntimeError where memory lacks."""
-        with self._lock:
-            if not self._free:
-                count = max(1, _SLAB_BYTES // self.block_bytes)
-                slab = self._machine.alloc(count * self.block_bytes)
-                self._slabs.append(slab)
-                self._free = [slab.address + i * self.block_bytes for i in reversed(range(count))]
-            return Block(self._free.pop())
-
-    def share(self, block: Block) -> Block:
-        """One owner more."""
-        with self._lock:
-            block.owners += 1
-            return block
+        if not self._free:
+            count = max(1, _SLAB_BYTES // self.block_bytes)
+            slab = self._machine.alloc(count * self.block_bytes)
+            self._slabs.append(slab)
+            self._free = [slab.address + i * self.block_bytes for i in reversed(range(count))]
+        return Block(self._free.pop())
 
     def give_back(self, block: Block) -> None:
         """One owner less."""
-        with self._lock:
-            block.owners -= 1
-            if block.owners == 0:
-                self._free.append(block.address)
+        block.owners -= 1
+        if block.owners == 0:
+            self._free.append(block.address)
+
+    def collect(self) -> None:
+        """Take back what was abandoned."""
+        while self.abandoned:
+            for block in self.abandoned.popleft():
+                self.give_back(block)
 
     def copy(self, pairs: list[tuple[Block, Block]]) -> None:
         """Queue copies of whole blocks, as (to, from)."""
@@ -75,7 +73,7 @@ class Pool:
 
 
 class KvCache:
-    """The blocks of one sequence."""
+    """The blocks of one sequence; calls are made under the model's lock."""
 
     def __init__(self, pool: Pool) -> None:
         """No blocks."""
@@ -84,7 +82,7 @@ class KvCache:
 
     def __del__(self) -> None:
         """Leave the blocks to the pool."""
-        self.truncate(0)
+        self._pool.abandoned.append(self._blocks)
 
     @property
     def addresses(self) -> list[int]:
@@ -94,7 +92,9 @@ class KvCache:
     def fork(self) -> KvCache:
         """A second owner of the same blocks."""
         other = KvCache(self._pool)
-        other._blocks = [self._pool.share(block) for block in self._blocks]
+        for block in self._blocks:
+            block.owners += 1
+        other._blocks = list(self._blocks)
         return other
 
     def truncate(self, n: int) -> None:
@@ -105,6 +105,7 @@ class KvCache:
 
     def reserve(self, start: int, end: int) -> list[tuple[Block, Block]]:
         """Make positions start .. end this sequence's own; the copies, as (to, from), that this takes."""
+        self._pool.collect()
         copies = []
         for i in range(start // POSITIONS, -(-end // POSITIONS)):
             if i >= len(self._blocks):

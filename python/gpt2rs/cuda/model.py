@@ -342,11 +342,11 @@ class CudaModel:
     def _logit_rows(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         with self.lock:
             for room, plan, stream, first, count in self._slices(tokens):
-                rows = np.empty((count, self._config.n_vocab), np.float32)
+                rows = np.empty((count, self._shape.vocab), np.float32)
                 for launch in plan.logits(stream, first, count):
                     self._machine.launch(launch)
                 self._machine.download(room.logits, rows)
-                yield rows
+                yield rows[:, : self._config.n_vocab]
 
     def _prompt_room(self) -> tuple[Room, Plan]:
         if self._prompts is None:

@@ -60,7 +60,7 @@ class Room:
         self.attended = operand(shape.parts, shape.attended)
         self.inner = operand(shape.parts, shape.inner)
         self.last = operand(shape.parts, shape.k, padded(n_logits, _ROWS_OF_TILE))
-        self.logits = machine.alloc(4 * n_logits * config.n_vocab)
+        self.logits = machine.alloc(4 * n_logits * shape.vocab)
         self.hidden = operand(0, shape.k, n_logits)
         self.plane_rows = rows
 
@@ -135,7 +135,7 @@ class Plan:
         return launches, stream
 
     def step(self, n_rows: int) -> list[Launch]:
-        """One token for each row: from the tokens to the logits (n_rows, V)."""
+        """One token for each row: from the tokens to the logits (n_rows, vocab)."""
         launches, stream = self.layers(n_rows, n_rows, prompt=False)
         head = self._weights.lm_head
         launches += self._normed_product(stream, self._weights.ln_f, head, n_rows, self._logits(), False)
@@ -150,7 +150,8 @@ class Plan:
             512,
             8 * (1024 + 40),
             (
-                *(room.logits, config.n_vocab, sampling.settings, room.tokens, room.positions),
+                *(room.logits, self._shape.vocab, config.n_vocab, sampling.settings),
+                *(room.tokens, room.positions),
                 *(sampling.history, config.n_ctx, sampling.mailbox, sampling.n_slots, sampling.steps),
             ),
         )
@@ -169,8 +170,8 @@ class Plan:
         return self._norm(stream, self._weights.ln_f, n_rows, self._room.hidden, 0, first)
 
     def _logits(self) -> _Output:
-        n_vocab = self._shape.config.n_vocab
-        return self._to(_PLAIN, None, n_vocab, self._room.logits, parts=0, stride=n_vocab)
+        shape = self._shape
+        return self._to(_PLAIN, None, shape.config.n_vocab, self._room.logits, parts=0, stride=shape.vocab)
 
     def _to(
         self, mode: int, bias: Buffer | None, n: int, out: Buffer, *, parts: int, stride: int, layer: int = 0
@@ -179,7 +180,8 @@ class Plan:
 
     def _epilogue(self, output: _Output) -> tuple[Buffer | int | float, ...]:
         room, shape = self._room, self._shape
-        plane = room.plane_rows * output.stride
+        # Logits have no planes.
+        plane = 0 if output.out is room.logits else room.plane_rows * output.stride
         return (
             *(output.mode, output.bias, output.n, output.out, output.parts, output.stride, plane),
             *(shape.activation, room.positions, room.sequences, room.tables, room.n_blocks, output.layer),

@@ -8,6 +8,7 @@ beyond what is asked for write only to positions that nobody has read.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -33,7 +34,9 @@ class Ahead:
 
     def __init__(self, sessions: Sequence[CudaSession], samplers: Sequence[_core.Sampler]) -> None:
         """Nothing yet."""
-        self._sessions, self._samplers = list(sessions), list(samplers)
+        # Sequences that nobody else holds are not to be kept for this.
+        self._sessions = [weakref.ref(session) for session in sessions]
+        self._samplers = list(samplers)
         self._versions = [session.version for session in sessions]
         self._lengths = [session.pos for session in sessions]
         self.rows: deque[list[int]] = deque()
@@ -43,7 +46,7 @@ class Ahead:
         """Whether it goes on where these sessions, with these samplers, are."""
         return (
             len(sessions) == len(self._sessions)
-            and all(a is b for a, b in zip(sessions, self._sessions, strict=True))
+            and all(a is b() for a, b in zip(sessions, self._sessions, strict=True))
             and all(a is b for a, b in zip(samplers, self._samplers, strict=True))
             and [session.version for session in sessions] == self._versions
             and [session.pos for session in sessions] == self._lengths
@@ -51,7 +54,7 @@ class Ahead:
 
     def holds(self, session: CudaSession) -> bool:
         """Whether a session's next token came from here."""
-        return any(session is own for own in self._sessions)
+        return any(session is own() for own in self._sessions)
 
     def next(self) -> list[int]:
         """The next token of each session."""
@@ -66,7 +69,7 @@ class Steps:
         """Take the memory; graphs are recorded on first use."""
         config = shape.config
         self._machine, self._pool, self._bucket = machine, pool, bucket
-        self._n_ctx, self._n_vocab = config.n_ctx, config.n_vocab
+        self._n_ctx, self._n_vocab, self._stride = config.n_ctx, config.n_vocab, shape.vocab
         self._room = room = Room(machine, shape, bucket, n_sequences=bucket, n_logits=bucket)
         self._plan = Plan(shape, weights, room)
         self._mailbox = machine.mailbox(4 * MAX_STEPS * bucket)
@@ -89,11 +92,11 @@ class Steps:
         self._reserve(sessions, 1)
         self._set(sessions)
         self._graph("logits").launch()
-        rows = np.empty((len(sessions), self._n_vocab), np.float32)
+        rows = np.empty((len(sessions), self._stride), np.float32)
         self._machine.download(self._room.logits, rows)
         for session in sessions:
             session.computed = session.pos
-        return rows
+        return rows[:, : self._n_vocab]
 
     def advance(
         self, sessions: Sequence[CudaSession], samplers: Sequence[_core.Sampler], ahead: Ahead | None

@@ -75,6 +75,11 @@ class Shape:
         return padded(self.config.n_inner)
 
     @property
+    def vocab(self) -> int:
+        """Distance between rows of logits."""
+        return padded(self.config.n_vocab, 4)
+
+    @property
     def query_parts(self) -> int:
         """As `parts`, of queries: float32 where keys are, and where weights are but not keys, exact."""
         return 0 if self.wide else self.parts or 3
@@ -229,7 +234,7 @@ class _Loader:
         return self._upload(self._tensors.get(name))
 
     def _embedding(self, name: str) -> Matrix:
-        return self._matrix(self._tensors.get(name), warps=1)
+        return self._matrix(self._tensors.get(name), warps=2)
 
     def _matrix(self, weight: NDArray[np.float32], *, warps: int = 8, into_stream: bool = False) -> Matrix:
         """From (N, K); products into the residual stream may leave several sums, which are added there."""

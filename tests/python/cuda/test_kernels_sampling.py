@@ -35,7 +35,8 @@ class Bench:
     def __init__(self, n: int, v: int) -> None:
         self.machine = machine = shim_machine.ShimMachine(seed=v)
         self.n, self.v = n, v
-        self.logits = machine.alloc(4 * n * v)
+        self.stride = -(-v // 4) * 4
+        self.logits = machine.alloc(4 * n * self.stride)
         self.settings = machine.alloc(SETTINGS.itemsize * n)
         self.tokens, self.positions, self.steps = (machine.alloc(4 * n) for _ in range(3))
         self.history = machine.alloc(4 * n * (PAST + 4))
@@ -45,13 +46,13 @@ class Bench:
         machine = self.machine
         history = np.zeros((self.n, PAST + 4), np.int32)
         history[:, :PAST] = pasts
-        machine.upload(self.logits, logits)
+        machine.upload(self.logits, np.pad(logits, ((0, 0), (0, self.stride - self.v)), constant_values=99.0))
         machine.upload(self.settings, settings(samplers, self.n))
         machine.upload(self.positions, np.full(self.n, PAST - 1, np.int32))
         machine.upload(self.steps, np.ones(self.n, np.int32))
         machine.upload(self.history, history)
         arguments = (
-            *(self.logits, self.v, self.settings, self.tokens, self.positions),
+            *(self.logits, self.stride, self.v, self.settings, self.tokens, self.positions),
             *(self.history, PAST + 4, self.mailbox, 2, self.steps),
         )
         machine.launch(Launch("sample", (self.n, 1, 1), 512, 8 * (1024 + 40), arguments))

@@ -212,10 +212,10 @@ DEVICE u32 draw(const Settings& settings, const Scratch& scratch, Global<const f
     return static_cast<u32>(static_cast<u64>(scratch.sums[34]));
 }
 
-// Chooses the next token of every row from its logits (rows, V), which penalties change in place, and takes it in: as the
+// Chooses the next token of every row from its logits (rows, stride), the first V of which count and which penalties change in place, and takes it in: as the
 // row's token, at the next position, into `history` (rows, history_stride) and, for the host, into slot step % n_slots of
 // `mailbox` (n_slots, rows). Where no score is finite the token is -1, and the row is idle from then on.
-KERNEL(512, 1) sample(Global<float> logits, int n_vocab, Global<const Settings> all_settings, Global<int> tokens,
+KERNEL(512, 1) sample(Global<float> logits, int stride, int n_vocab, Global<const Settings> all_settings, Global<int> tokens,
                       Global<int> positions, Global<int> history, int history_stride, Global<int> mailbox, int n_slots,
                       Global<int> steps) {
     previous_done();
@@ -224,15 +224,20 @@ KERNEL(512, 1) sample(Global<float> logits, int n_vocab, Global<const Settings> 
     int position = positions[row];
     if (position < 0) return;
     Settings settings = all_settings[row];
-    Global<float> scores = logits + static_cast<u64>(row) * n;
+    Global<float> scores = logits + static_cast<u64>(row) * stride;
     Global<int> past = history + static_cast<u64>(row) * history_stride;
     Scratch scratch{shared_at<u64>(0), shared_at<u64>(BINS * sizeof(u64))};
     if (settings.penalise) penalise(settings, scores, past, position + 1);
 
     u64 best = ~0ull;
-    for (u32 id = threadIdx.x; id < n; id += THREADS) {
-        u64 ranked = static_cast<u64>(descending(scores[id])) << 32 | id;
-        best = ranked < best ? ranked : best;
+#pragma unroll 4
+    for (u32 id = threadIdx.x * 4; id < n; id += THREADS * 4) {
+        Words four = load16(scores + id);
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            u64 ranked = static_cast<u64>(descending(float_of(four.w[i]))) << 32 | (id + i);
+            if (id + i < n) best = ranked < best ? ranked : best;
+        }
     }
     best = scratch.least(best);
     u32 id = static_cast<u32>(best);
