@@ -79,32 +79,35 @@ def batch_invariance(model: gpt2rs.GPT2, n_sequences: int) -> str:
     )
 
 
-def column_invariance(device: str, n_trials: int = 4096, n_steps: int = 16) -> str:
-    """One column in each of the eight places of an MMA, beside others: the same bits."""
+def mma_invariance(device: str, n_trials: int = 4096, n_steps: int = 16) -> str:
+    """One column in each of the eight places of an MMA, and one row in each of the sixteen: the same bits."""
     which = find_device(int(device.partition(":")[2] or 0))
     arch = compiler.architecture(which.major, which.minor)
-    gpu = Gpu(which, arch, compiler.build([columns_source()], arch))
+    gpu = Gpu(which, arch, compiler.build([places_source()], arch))
     rng = np.random.default_rng(0)
-    a, column, others = (bfloat16_words(rng, n_trials * n_steps * words) for words in (32 * 4, 8, 32 * 2))
-    buffers = [gpu.alloc(array.nbytes) for array in (a, column, others)]
-    for buffer, array in zip(buffers, (a, column, others), strict=True):
-        gpu.upload(buffer, array)
-    sums = np.empty((n_trials, 8, 16), np.float32)
-    out = gpu.alloc(sums.nbytes)
-    gpu.launch(Launch("columns", (n_trials, 1, 1), 32, 0, (*buffers, out, n_steps)))
-    gpu.download(out, sums)
-    if not np.isfinite(sums).all() or len(np.unique(sums[:, 0])) < n_trials:
-        raise Wrong("the sums are not those of random numbers")
-    for place in range(1, 8):
-        if not same_bits(sums[:, 0], sums[:, place]):
-            raise Wrong(f"{which}: a column gives other bits in place {place} than in place 0")
-    return f"{n_trials} chains of {n_steps} mma.m16n8k16 on {arch}: the same bits in all eight places"
+    # Words a step: of the matrix that stays, of the column or row, and of what stands around it.
+    for kernel, words, n_places, n_sums in (("columns", (128, 8, 64), 8, 16), ("rows", (64, 8, 128), 16, 8)):
+        arrays = [bfloat16_words(rng, n_trials * n_steps * n) for n in words]
+        buffers = [gpu.alloc(array.nbytes) for array in arrays]
+        for buffer, array in zip(buffers, arrays, strict=True):
+            gpu.upload(buffer, array)
+        sums = np.empty((n_trials, n_places, n_sums), np.float32)
+        out = gpu.alloc(sums.nbytes)
+        gpu.launch(Launch(kernel, (n_trials, 1, 1), 32, 0, (*buffers, out, n_steps)))
+        gpu.download(out, sums)
+        if not np.isfinite(sums).all() or len(np.unique(sums[:, 0])) < n_trials:
+            raise Wrong(f"{kernel}: the sums are not those of random numbers")
+        for place in range(1, n_places):
+            if not same_bits(sums[:, 0], sums[:, place]):
+                raise Wrong(f"{which}: {kernel} have other bits in place {place} than in place 0")
+    chains = f"{n_trials} chains of {n_steps} mma.m16n8k16 on {arch}"
+    return f"{chains}: columns and rows have the same bits in all places"
 
 
-def columns_source() -> compiler.Source:
-    """The kernel beside this file, with the package's primitives."""
-    text = Path(__file__).with_name("columns.cu").read_text(encoding="utf-8")
-    return compiler.Source("columns.cu", text, compiler.package_sources()[0].headers)
+def places_source() -> compiler.Source:
+    """The kernels beside this file, with the package's primitives."""
+    text = Path(__file__).with_name("places.cu").read_text(encoding="utf-8")
+    return compiler.Source("places.cu", text, compiler.package_sources()[0].headers)
 
 
 def bfloat16_words(rng: np.random.Generator, n: int) -> np.ndarray:

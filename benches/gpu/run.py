@@ -148,7 +148,7 @@ class Run:
         device = model.device
         rows = correctness.checked(
             {
-                "columns of an MMA": partial(correctness.column_invariance, device),
+                "places in an MMA": partial(correctness.mma_invariance, device),
                 "golden cases": partial(correctness.golden, device),
                 "one answer": partial(correctness.batch_invariance, model, max(self.options.batches)),
                 "memcheck": partial(correctness.sanitizer, "memcheck", device),

@@ -26,7 +26,7 @@ from gpt2rs.cuda import compiler
 from gpt2rs.cuda.gpu import Gpu
 from gpt2rs.cuda.machine import Launch
 
-COLUMNS = Path(__file__).parents[3] / "benches" / "gpu" / "columns.cu"
+PLACES = Path(__file__).parents[3] / "benches" / "gpu" / "places.cu"
 
 
 class ShimDriver(FakeDriver):
@@ -73,9 +73,9 @@ class ShimDriver(FakeDriver):
 
 
 def sources() -> list[compiler.Source]:
-    """The package's kernels, and the one that the benches add."""
+    """The package's kernels, and those that the benches add."""
     found = compiler.package_sources()
-    return [*found, compiler.Source(COLUMNS.name, COLUMNS.read_text(), found[0].headers)]
+    return [*found, compiler.Source(PLACES.name, PLACES.read_text(), found[0].headers)]
 
 
 @functools.cache
@@ -83,7 +83,7 @@ def library() -> ctypes.CDLL:
     """All of them, compiled once for all tests."""
     kernels = sorted((Path(compiler.__file__).parent / "kernels").glob("*.cu"))
     with tempfile.TemporaryDirectory() as temporary:
-        return shim_machine.build([*kernels, COLUMNS], Path(temporary))
+        return shim_machine.build([*kernels, PLACES], Path(temporary))
 
 
 @functools.cache

@@ -21,6 +21,9 @@ from shim_models import needs_shim
 from test_kernels_compile import needs_nvrtc
 
 from gpt2rs.cuda import compiler
+from gpt2rs.cuda import gpu as cuda_gpu
+from gpt2rs.cuda.availability import Device
+from gpt2rs.cuda.machine import Launch
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benches" / "gpu"))
 import correctness
@@ -122,23 +125,61 @@ class TestCorrectness:
         with pytest.raises(correctness.Wrong, match="other logits alone and in a batch"):
             correctness.batch_invariance(model, 2)
 
-    def test_of_columns_is_that_of_the_shim(self, driver: ShimDriver) -> None:
-        said = correctness.column_invariance("cuda:0", n_trials=3, n_steps=4)
-        assert said == "3 chains of 4 mma.m16n8k16 on sm_90: the same bits in all eight places"
+    def test_of_places_is_that_of_the_shim(self, driver: ShimDriver) -> None:
+        said = correctness.mma_invariance("cuda:0", n_trials=3, n_steps=4)
+        assert said == (
+            "3 chains of 4 mma.m16n8k16 on sm_90: columns and rows have the same bits in all places"
+        )
 
-    def test_of_columns_sees_a_difference(self, driver: ShimDriver) -> None:
-        """A column that is not the same in one of the places, by one bit of one sum."""
-        kernel = driver.kernels["columns"]
-        right = kernel.run
+    @pytest.mark.parametrize(("kernel", "shape"), [("columns", (3, 8, 16)), ("rows", (3, 16, 8))])
+    def test_of_places_sees_a_difference(
+        self, driver: ShimDriver, kernel: str, shape: tuple[int, ...]
+    ) -> None:
+        """Of one bit, of one sum, in one of the places."""
+        right = driver.kernels[kernel].run
 
         def run_and_flip(grid: Any, block: int, smem: int, *args: bytes) -> None:
             right(grid, block, smem, *args)
             sums = driver.view(int.from_bytes(args[3], "little"), 3 * 8 * 16, np.uint32)
-            sums.reshape(3, 8, 16)[1, 5, 7] ^= 1
+            sums.reshape(shape)[1, 5, 7] ^= 1
 
-        kernel.run = run_and_flip
-        with pytest.raises(correctness.Wrong, match="a column gives other bits in place 5 than in place 0"):
-            correctness.column_invariance("cuda:0", n_trials=3, n_steps=4)
+        driver.kernels[kernel].run = run_and_flip
+        with pytest.raises(correctness.Wrong, match=f"{kernel} have other bits in place 5 than in place 0"):
+            correctness.mma_invariance("cuda:0", n_trials=3, n_steps=4)
+
+    def test_of_places_puts_what_it_means_to_where_it_means_to(self, driver: ShimDriver) -> None:
+        """The sums are those of the column, by float64 loops over what was uploaded."""
+        rng = np.random.default_rng(3)
+        a, column, others = (correctness.bfloat16_words(rng, 2 * n) for n in (128, 8, 64))
+        got = places(driver, "columns", (a, column, others), (1, 8, 16))
+        matrix = np.zeros((2, 16, 16))
+        for step, lane, word, half in np.ndindex(2, 32, 4, 2):
+            row, k = lane // 4 + 8 * (word % 2), 2 * (lane % 4) + half + 8 * (word // 2)
+            matrix[step, row, k] = values_of(a)[((step * 32 + lane) * 4 + word) * 2 + half]
+        vector = values_of(column).reshape(2, 16)
+        want = np.einsum("srk,sk->r", matrix, vector)
+        size = np.einsum("srk,sk->r", np.abs(matrix), np.abs(vector))
+        assert (np.abs(got[0] - want) <= 32 * 2.0**-23 * size).all()
+
+
+def values_of(words: np.ndarray) -> np.ndarray:
+    """The bfloat16 values of words, the low half first."""
+    return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def places(driver: ShimDriver, kernel: str, arrays: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """One launch of a kernel of places.cu, of two steps."""
+    driver.cuInit(0)
+    device = Device(0, "a GPU", 9, 0, 10**9)
+    gpu = cuda_gpu.Gpu(device, "sm_90", compiler.build([correctness.places_source()], "sm_90"))
+    buffers = [gpu.alloc(array.nbytes) for array in arrays]
+    for buffer, array in zip(buffers, arrays, strict=True):
+        gpu.upload(buffer, array)
+    sums = np.empty(shape, np.float32)
+    out = gpu.alloc(sums.nbytes)
+    gpu.launch(Launch(kernel, (shape[0], 1, 1), 32, 0, (*buffers, out, 2)))
+    gpu.download(out, sums)
+    return sums
 
 
 class TestSanitizer:
@@ -173,8 +214,8 @@ class TestSanitizer:
 
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_columns_kernel_compiles(arch: str) -> None:
-    assert compiler.compile_source(correctness.columns_source(), arch).log == ""
+def test_the_kernels_of_places_compile(arch: str) -> None:
+    assert compiler.compile_source(correctness.places_source(), arch).log == ""
 
 
 def test_checks_that_fail_are_rows_and_the_status() -> None:
