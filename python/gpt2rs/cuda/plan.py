@@ -25,7 +25,7 @@ _PLAIN, _QKV, _ACTIVATE = range(3)
 _ROWS_OF_TILE = 64
 _ROWS_OF_PRODUCT = 8
 # Values of a row that a product normalises itself at most, and the shared memory that every architecture has.
-_FUSED_C, _FUSED_SMEM = 2048, 99 << 10
+_FUSED_C, _FUSED_SMEM = 7 * 256, 99 << 10
 
 
 class Room:
