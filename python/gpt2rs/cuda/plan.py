@@ -25,7 +25,7 @@ _PLAIN, _QKV, _ACTIVATE = range(3)
 _ROWS_OF_TILE = 64
 _ROWS_OF_PRODUCT = 8
 # Values of a row that a product normalises itself at most, and the shared memory that every architecture has.
-_FUSED_C, _FUSED_SMEM = 2048, 99 << 10
+_FUSED_C, _FUSED_SMEM = 7 * 256, 99 << 10
 
 
 class Room:
@@ -188,15 +188,14 @@ class Plan:
             *(shape.config.n_head, shape.head, int(shape.wide)),
         )
 
-    def _stream(self, stream: Stream, n_rows: int) -> tuple[Buffer | int | float, ...]:
-        """The stream's arguments; after it, the stream is where x_out is."""
+    def _stream(self, stream: Stream) -> tuple[Buffer | int | float, ...]:
+        """The stream's arguments: the last is where its sum goes, if anything is to be added."""
         room = self._room
         plane = room.plane_rows * self._shape.config.n_embd
-        arguments = (
+        return (
             *(room.x[stream.x], room.partials, stream.n_partials, plane),
             *(stream.bias or room.partials, room.x[1 - stream.x]),
         )
-        return arguments
 
     def _norm(
         self, stream: Stream, norm: Norm, n_rows: int, out: Buffer, parts: int, first: int = 0
@@ -211,7 +210,7 @@ class Plan:
             256,
             4 * (256 + 1),
             (
-                *self._stream(stream, n_rows),
+                *self._stream(stream),
                 *(norm.gain, norm.shift, config.layer_norm_epsilon, config.n_embd),
                 *(out, parts, shape.k, height * shape.k, first),
             ),
@@ -241,12 +240,12 @@ class Plan:
                 256,
                 self._fused_smem(n_rows),
                 (
-                    *(matrix.data, matrix.tiles, matrix.groups, matrix.warps, *self._stream(stream, n_rows)),
+                    *(matrix.data, matrix.tiles, matrix.groups, matrix.warps, *self._stream(stream)),
                     *(norm.gain, norm.shift, shape.config.layer_norm_epsilon, shape.config.n_embd, n_rows),
                     *self._epilogue(output),
                 ),
             )
-        if stream.n_partials:
+        if stream.n_partials:  # the launch has stored the sum
             stream.x, stream.n_partials = 1 - stream.x, 0
 
     def _product(

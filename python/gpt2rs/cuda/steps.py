@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from .kv_cache import Pool
-from .machine import Graph, Machine
+from .machine import Buffer, Graph, Machine
 from .plan import Plan, Room, Sampling
 from .sampling import SETTINGS, penalises, settings
 from .session import CudaSession
@@ -155,5 +155,5 @@ class Steps:
             self._graphs[what] = self._machine.graph(launches)
         return self._graphs[what]
 
-    def _upload(self, buffer: object, values: Sequence[int], offset: int = 0) -> None:
-        self._machine.upload(buffer, np.array(values, np.int32), offset)  # type: ignore[arg-type]
+    def _upload(self, buffer: Buffer, values: Sequence[int], offset: int = 0) -> None:
+        self._machine.upload(buffer, np.array(values, np.int32), offset)

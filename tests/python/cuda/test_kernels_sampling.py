@@ -108,6 +108,16 @@ def test_the_cpus_tokens(v: int, n: int, rounds: int) -> None:
             assert token == want
 
 
+def test_a_threshold_is_rounded_up() -> None:
+    """Of three equal tokens two weigh 2/3; the least bit more takes the third."""
+    bench = Bench(32, 3)
+    for top_p in (2 / 3, np.nextafter(2 / 3, 1)):
+        samplers = [_core.Sampler(prompt_len=0, do_sample=True, top_p=top_p, seed=seed) for seed in range(32)]
+        found = bench.choose(np.zeros((32, 3), np.float32), samplers, [[0] * PAST] * 32)
+        assert found == [sampler.choose(np.zeros(3, np.float32), [0] * PAST).token for sampler in samplers]
+        assert (2 in found) == (top_p > 2 / 3)
+
+
 def test_no_finite_score_is_a_token_of_its_own_and_an_error_of_the_models() -> None:
     bench = Bench(2, 50)
     logits = np.full((2, 50), -np.inf, np.float32)

@@ -8,7 +8,7 @@
 
 constexpr int ROWS = 8;
 constexpr int AHEAD = 4;  // groups whose weights are under way
-constexpr int COLUMNS = 8;  // values of a row that a thread normalises, at most
+constexpr int COLUMNS = 7;  // values of a row that a thread normalises at most: rows of up to 1792
 
 DEVICE u32 padded_stride(u32 k) { return k % 64 ? k : k + 32; }  // rows of an operand in different banks
 
