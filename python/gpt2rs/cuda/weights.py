@@ -165,17 +165,27 @@ class Weights:
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """To nearest even, as bits."""
     bits = values.view(np.uint32)
-    rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
+    # In place from here on: loading a model is for the most part this.
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= 16
+    halves = rounded.astype(np.uint16)
+    nan = np.isnan(values)
+    if nan.any():
+        halves[nan] = 0x7FFF
+    return halves
 
 
 def fragments(weight: NDArray[np.float32]) -> NDArray[np.uint16]:
     """(N, K) as operands A of mma m16n8k16; see fragments.cuh."""
     n, k = weight.shape
-    bits = to_bfloat16(np.ascontiguousarray(weight))
+    # Two inputs that are neighbours stay so: they are moved as one word.
+    pairs = to_bfloat16(np.ascontiguousarray(weight)).view(np.uint32)
     # row = 8 h + g, input = 8 t + 4 step + 2 pair + element of a group.
-    cut = bits.reshape(n // _TILE, 2, 8, k // _GROUP, 4, 2, 2, 2)
-    return np.ascontiguousarray(cut.transpose(0, 3, 5, 2, 4, 6, 1, 7)).reshape(-1)
+    cut = pairs.reshape(n // _TILE, 2, 8, k // _GROUP, 4, 2, 2)
+    return np.ascontiguousarray(cut.transpose(0, 3, 5, 2, 4, 6, 1)).view(np.uint16).reshape(-1)
 
 
 def columns(weight: NDArray[np.float32]) -> NDArray[np.float32]:
