@@ -1,5 +1,6 @@
 //! Named tensors -> `wte`, `wpe`, `h[i]`, `ln_f`, packed once for the kernels.
 
+mod named;
 mod pack;
 mod tensors;
 
@@ -12,10 +13,11 @@ use crate::ops::panels::{Format, Int4Groups, Int8Groups, Panels};
 use crate::ops::round::rotation;
 use crate::packed::Packed;
 use half::bf16;
+use named::{Named, initial};
 use pack::{Planned, Values, pack_all};
-use tensors::{Named, initial};
 
 pub use crate::config::Dtype;
+pub use named::tensor;
 pub use tensors::Tensors;
 
 /// Every weight of a model, under the checkpoint's names.

@@ -3,7 +3,8 @@
 Decoding streams every weight from memory once for each step, so it is held against the read bandwidth;
 prefill is arithmetic, held against the fused multiply-adds a second of this machine. Both limits are probed
 between the measurements, since those of a shared machine change from one second to the next: a share is a
-figure over the mean of the probes just before and just after it; medians are taken over the rounds.
+figure over the mean of the probes just before and just after it; medians are taken over the rounds.  On a GPU
+the limit of decoding is the bandwidth of a copy, and that of prefill is not probed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import _core
+from .engine import Sequenced
 from .gpt2 import GPT2
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from .cuda.gpu import Gpu
 
 BATCH = 8
 COUNTING = (
@@ -65,7 +70,8 @@ class Work(NamedTuple):
 class Figure:
     """One kind of work measured over the rounds.
 
-    unit: what `rates` count, "GB/s" or "GFLOP/s".  shares: rates over the probes beside them, 1 at the limit.
+    unit: what `rates` count, "GB/s" or "GFLOP/s".  shares: rates over the probes beside them, 1 at the limit;
+    empty where there are none.
     """
 
     dtype: str
@@ -89,9 +95,11 @@ class Probe:
 
 @dataclass
 class Report:
-    """All that one bench gave."""
+    """All that one bench gave; machine is a GPU's name, and empty for the CPU."""
 
     isa: str
+    device: str = "cpu"
+    machine: str = ""
     figures: list[Figure] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
 
@@ -150,17 +158,59 @@ def measure(
         for dtype in dtypes:
             progress(f"loading in {dtype}")
             benches.append(_Bench(load(dtype, n_threads), quick=quick))
-        report.isa = benches[0].model.isa
-        bandwidth = Probe("read bandwidth", benches[0].model.n_threads, "GB/s")
-        arithmetic = Probe("fused multiply-adds", benches[0].model.n_threads, "GFLOP/s")
+        model = benches[0].model
+        report.isa, report.device = model.isa, model.device
+        limits = _CpuLimits(model) if model.device == "cpu" else _GpuLimits(model)
+        report.machine = limits.machine
         rounds = 3 if quick else 7
         for i in range(rounds):
             for bench in benches:
                 progress(f"{bench.model.dtype}, {bench.model.n_threads} threads, round {i + 1} of {rounds}")
-                bench.round(bandwidth, arithmetic)
+                bench.round(limits)
         report.figures += [figure for bench in benches for figure in bench.figures]
-        report.probes += [bandwidth, arithmetic]
+        report.probes += limits.probes
     return report
+
+
+class _CpuLimits:
+    """What the processor can do with so many threads."""
+
+    machine = ""
+
+    def __init__(self, model: GPT2) -> None:
+        self._bandwidth = Probe("read bandwidth", model.n_threads, "GB/s")
+        self._arithmetic = Probe("fused multiply-adds", model.n_threads, "GFLOP/s")
+        self.probes = [self._bandwidth, self._arithmetic]
+
+    def bandwidth(self) -> float:
+        """GB/s, probed now."""
+        self._bandwidth.rates.append(_core.probe_bandwidth(self._bandwidth.n_threads))
+        return self._bandwidth.rates[-1]
+
+    def arithmetic(self) -> float:
+        """GFLOP/s, probed now."""
+        self._arithmetic.rates.append(_core.probe_fma(self._arithmetic.n_threads))
+        return self._arithmetic.rates[-1]
+
+
+class _GpuLimits:
+    """What the GPU that a model is on can do."""
+
+    def __init__(self, model: GPT2) -> None:
+        self._gpu: Gpu = model._core.machine  # type: ignore[attr-defined]
+        self.machine = self._gpu.name
+        self._bandwidth = Probe("copy bandwidth", model.n_threads, "GB/s")
+        self.probes = [self._bandwidth]
+
+    def bandwidth(self) -> float:
+        """GB/s, probed now."""
+        from .cuda.timing import copy_bandwidth
+
+        self._bandwidth.rates.append(copy_bandwidth(self._gpu))
+        return self._bandwidth.rates[-1]
+
+    def arithmetic(self) -> None:
+        """Unknown."""
 
 
 class _Bench:
@@ -177,17 +227,17 @@ class _Bench:
         self._prefill = self._figure(f"prefill {work.prefill}", "GFLOP/s")
         self.figures = [self._decode_short, self._decode_long, self._decode_batch, self._prefill]
 
-    def round(self, bandwidth: Probe, arithmetic: Probe) -> None:
+    def round(self, limits: _CpuLimits | _GpuLimits) -> None:
         """Measure everything once, with probes between."""
         work, config = self.work, self.model.config
-        before = _probe_bandwidth(bandwidth)
+        before = limits.bandwidth()
         for figure, sessions, n_new, context in (
             (self._decode_short, [self._prefilled(work.short)], work.n_short, work.short),
             (self._decode_long, [self._long.fork()], work.n_long, work.long),
             (self._decode_batch, self._batch(), work.n_batch, work.short),
         ):
             seconds = self._time_decode(sessions, n_new)
-            after = _probe_bandwidth(bandwidth)
+            after = limits.bandwidth()
             n_bytes = decode_bytes(
                 config, self.model.dtype, self.model.kv_dtype, context + (n_new + 1) / 2, len(sessions)
             )
@@ -195,11 +245,12 @@ class _Bench:
                 figure, len(sessions) * n_new / seconds, n_new * n_bytes / seconds / 1e9, (before + after) / 2
             )
             before = after
-        before = _probe_fma(arithmetic)
+        first = limits.arithmetic()
         seconds = self._time_prefill()
-        after = _probe_fma(arithmetic)
+        last = limits.arithmetic()
         flops = prefill_flops(config, work.prefill)
-        _add(self._prefill, work.prefill / seconds, flops / seconds / 1e9, (before + after) / 2)
+        limit = None if first is None or last is None else (first + last) / 2
+        _add(self._prefill, work.prefill / seconds, flops / seconds / 1e9, limit)
 
     def _figure(self, work: str, unit: str) -> Figure:
         return Figure(self.model.dtype, self.model.n_threads, work, unit)
@@ -208,17 +259,17 @@ class _Bench:
         # Any ids do; the step is odd and not small, so that they are spread over the vocabulary.
         return [(start + 7919 * i) % self.model.config.n_vocab for i in range(n)]
 
-    def _prefilled(self, n: int) -> _core.Session:
-        session = self._core.session()
+    def _prefilled(self, n: int) -> Sequenced:
+        session: Sequenced = self._core.session()
         session.prefill(self._tokens(n))
         return session
 
-    def _batch(self) -> list[_core.Session]:
+    def _batch(self) -> list[Sequenced]:
         sessions = [self._core.session() for _ in range(BATCH)]
         self._core.prefill(sessions, [self._tokens(self.work.short, start=i) for i in range(BATCH)])
         return sessions
 
-    def _time_decode(self, sessions: list[_core.Session], n: int) -> float:
+    def _time_decode(self, sessions: list[Sequenced], n: int) -> float:
         settings = Settings(eos_token_id=None)
         samplers = [
             settings.sampler(self.model.config, prompt_len=session.pos, seed=0, index=0)
@@ -240,17 +291,8 @@ class _Bench:
         return time.perf_counter() - start
 
 
-def _probe_bandwidth(probe: Probe) -> float:
-    probe.rates.append(_core.probe_bandwidth(probe.n_threads))
-    return probe.rates[-1]
-
-
-def _probe_fma(probe: Probe) -> float:
-    probe.rates.append(_core.probe_fma(probe.n_threads))
-    return probe.rates[-1]
-
-
-def _add(figure: Figure, tokens_per_second: float, rate: float, limit: float) -> None:
+def _add(figure: Figure, tokens_per_second: float, rate: float, limit: float | None) -> None:
     figure.tokens_per_second.append(tokens_per_second)
     figure.rates.append(rate)
-    figure.shares.append(rate / limit)
+    if limit is not None:
+        figure.shares.append(rate / limit)

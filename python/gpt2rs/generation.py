@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Container, Generator, Sequence
+from typing import Any
 
-from . import _core
+from .engine import Engine, Sample, Sequenced
 from .results import FinishReason, Result, Speculation
 from .settings import Settings
 from .text import TextDecoder
@@ -24,7 +25,7 @@ class Text:
 
     def __init__(
         self,
-        model: _core.Model,
+        model: Engine[Any],
         prompt: list[int],
         settings: Settings,
         *,
@@ -41,7 +42,7 @@ class Text:
         self.prompt = prompt
         self.tokens: list[int] = []
         self.decoder = decoder
-        self.session: _core.Session | None = None
+        self.session: Sequenced | None = None
         self.finish_reason: FinishReason | None = None
         self._n_ctx = config.n_ctx
         self._settings = settings
@@ -71,7 +72,7 @@ class Text:
         """Prompt and text."""
         return self.prompt + self.tokens
 
-    def append(self, sample: _core.Sample) -> None:
+    def append(self, sample: Sample) -> None:
         """Take in the next token."""
         token = sample.token
         self.tokens.append(token)
@@ -87,7 +88,7 @@ class Text:
         elif len(self.tokens) == self._room:
             self._end("length")
 
-    def append_several(self, samples: Sequence[_core.Sample], proposed: int, accepted: int) -> None:
+    def append_several(self, samples: Sequence[Sample], proposed: int, accepted: int) -> None:
         """Take in the tokens of one pass, up to the one that ends the text; the first `accepted` are of the
         `proposed` ones."""
         taken = 0
@@ -122,7 +123,7 @@ class Text:
             self.decoder.finish()
 
 
-def steps(model: _core.Model, texts: Sequence[Text]) -> Generator[None, None, None]:
+def steps(model: Engine[Any], texts: Sequence[Text]) -> Generator[None, None, None]:
     """Write all `texts` to their end, yielding after each pass, of which every text in work has got a token
     or more.
 
@@ -142,13 +143,13 @@ def steps(model: _core.Model, texts: Sequence[Text]) -> Generator[None, None, No
         yield
 
 
-def write(model: _core.Model, texts: Sequence[Text]) -> None:
+def write(model: Engine[Any], texts: Sequence[Text]) -> None:
     """Write all `texts` to their end."""
     for _ in steps(model, texts):
         pass
 
 
-def _advance(model: _core.Model, texts: Sequence[Text]) -> None:
+def _advance(model: Engine[Any], texts: Sequence[Text]) -> None:
     """One pass over texts that have room in the context: of each the next token, or several where tokens are
     proposed."""
     sessions = [text.session for text in texts if text.session is not None]
@@ -163,7 +164,7 @@ def _advance(model: _core.Model, texts: Sequence[Text]) -> None:
             text.append(sample)
 
 
-def _slide(model: _core.Model, texts: Sequence[Text]) -> None:
+def _slide(model: Engine[Any], texts: Sequence[Text]) -> None:
     """Choose the next token of texts that fill the context: from their last `n_ctx`, computed afresh."""
     n_ctx = model.config.n_ctx
     sessions = [model.session() for _ in texts]
@@ -175,7 +176,7 @@ def _slide(model: _core.Model, texts: Sequence[Text]) -> None:
 class _Waiting:
     """Texts not begun yet, those of equal prompts one after the other."""
 
-    def __init__(self, model: _core.Model, texts: Sequence[Text]) -> None:
+    def __init__(self, model: Engine[Any], texts: Sequence[Text]) -> None:
         self._model = model
         groups: dict[tuple[int, ...], list[Text]] = {}
         for text in texts:
@@ -183,7 +184,7 @@ class _Waiting:
                 groups.setdefault(tuple(text.prompt), []).append(text)
         self._queue = deque((prompt, text) for prompt, group in groups.items() for text in group)
         self._left = Counter({prompt: len(group) for prompt, group in groups.items()})
-        self._prefilled: dict[tuple[int, ...], _core.Session] = {}
+        self._prefilled: dict[tuple[int, ...], Sequenced] = {}
 
     def start(self, count: int) -> list[Text]:
         """Up to `count` texts, their prompts computed where they leave room in the context."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .checkpoints import ConfigLike
+    from .engine import Engine
     from .prompts import Prompt, Tokens
 
 
@@ -43,9 +44,9 @@ class GPT2:
     """
 
     def __init__(
-        self, core: _core.Model, *, folder: Path | None = None, tokenizer: tiktoken.Encoding | None = None
+        self, core: Engine[Any], *, folder: Path | None = None, tokenizer: tiktoken.Encoding | None = None
     ) -> None:
-        """Wrap a core model; its tokenizer is the one that is given, or looked for in `folder`."""
+        """Wrap a model that is loaded; its tokenizer is the one that is given, or looked for in `folder`."""
         self._core = core
         self._folder = folder
         self._given_tokenizer = tokenizer
@@ -79,14 +80,17 @@ class GPT2:
             int8 beside int4.
         precision: "exact", or "fast": activations are rounded to bfloat16 where they meet bfloat16 weights,
             keys and values, which makes prompts and batches faster on processors with AVX-512 BF16.
-        device: "cpu", or "auto".
-        n_threads: None: as many as the machine has cores for this process and the model profits from.
+        device: "cpu"; "cuda" or "cuda:N", an NVIDIA GPU of compute capability 8.0 or newer, with the extra
+            `gpt2rs[cuda]`; "auto": the first GPU that works and has the memory, else the CPU.  On a GPU
+            weights, keys and values are float32 or bfloat16, and there are no packed files.
+        n_threads: of the CPU; None: as many as the machine has cores for this process and the model profits
+            from.
         config: for a file without one: a `Config`, a preset's name, a dict, or a config.json's path or text.
         revision, cache_dir, token, local_files_only: as `huggingface_hub` takes them.
 
         Raises FileNotFoundError where there is no such model, ValueError for a malformed file (naming the
-        tensor or field, what was expected and what was found), RuntimeError where the hub or the device is
-        out of reach.
+        tensor or field, what was expected and what was found) and for options that don't go together,
+        RuntimeError where the hub or the device is out of reach.
         """
         from .checkpoints import open_checkpoint
 
@@ -204,18 +208,18 @@ class GPT2:
 
     @property
     def device(self) -> str:
-        """Where the model runs: "cpu"."""
-        return "cpu"
+        """Where the model runs: "cpu", or "cuda:N"."""
+        return self._core.device
 
     @property
     def n_threads(self) -> int:
-        """Threads that one call computes with."""
+        """Threads of the CPU that one call computes with; 1 on a GPU."""
         return self._core.n_threads
 
     @property
     def isa(self) -> str:
         """The instruction set in use: "portable", "avx2", "avxvnni", "avx512", "avx512vnni" or "avx512bf16"
-        (GPT2RS_ISA forces one)."""
+        (GPT2RS_ISA forces one); on a GPU its architecture, such as "sm_90"."""
         return self._core.isa
 
     @cached_property
@@ -244,10 +248,11 @@ class GPT2:
     def __repr__(self) -> str:
         """Its size and where it runs."""
         config = self.config
+        where = f"n_threads={self.n_threads}" if self.device == "cpu" else f"device={self.device!r}"
         return (
             f"GPT2({self.num_parameters() / 1e6:.1f} M parameters, n_layer={config.n_layer}, "
             f"n_embd={config.n_embd}, n_ctx={config.n_ctx}, n_vocab={config.n_vocab}, dtype={self.dtype!r}, "
-            f"n_threads={self.n_threads})"
+            f"{where})"
         )
 
     # A text is never taken for a sequence of one-letter prompts, which is what the type checker warns of.

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from . import _core
 from .checkpoints import PACKED, weights_beside_packed
+from .engine import Engine
 
 # What a tokenizer may be kept in; copied as it is.
 TOKENIZER_FILES = (
@@ -25,7 +26,7 @@ TOKENIZER_FILES = (
 )
 
 
-def save_pretrained(model: _core.Model, folder: Path, *, tokenizer_folder: Path | None) -> None:
+def save_pretrained(model: Engine[Any], folder: Path, *, tokenizer_folder: Path | None) -> None:
     """Write `model` and the tokenizer's files of `tokenizer_folder` into `folder`, which is made if need be.
 
     OSError names the folder; no half file stays behind.
@@ -43,7 +44,7 @@ def save_pretrained(model: _core.Model, folder: Path, *, tokenizer_folder: Path 
     )
 
 
-def save_packed(model: _core.Model, folder: Path, *, tokenizer_folder: Path | None) -> None:
+def save_packed(model: Engine[Any], folder: Path, *, tokenizer_folder: Path | None) -> None:
     """The same with a packed file; ValueError for a folder that has other weights."""
     check_packed_folder(folder)
     _save(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _core
+from .engine import Engine
 from .settings import check_count
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def checked_windows(n_tokens: int, n_ctx: int, stride: int | None) -> Iterator[t
     return windows(n_tokens, n_ctx, stride)
 
 
-def logprobs(model: _core.Model, tokens: list[int], stride: int | None) -> NDArray[np.float32]:
+def logprobs(model: Engine[Any], tokens: list[int], stride: int | None) -> NDArray[np.float32]:
     """(T - 1,) float32: ln p of each token but the first, given those before it in its window."""
     # score() gives ln p of tokens begin + 1 and on.
     parts = [

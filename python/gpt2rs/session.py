@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import _core
+from .engine import Engine, Sequenced
 from .settings import Options, Settings, check_count
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class Session:
 
     def __init__(
         self,
-        model: _core.Model,
-        core: _core.Session,
+        model: Engine[Any],
+        core: Sequenced,
         encode: Callable[[Prompt], list[int]],
         *,
         prompt_len: int = 0,

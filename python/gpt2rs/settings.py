@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypedDict
 import numpy as np
 
 from . import _core
-from ._core import Model as CoreModel
+from .engine import Engine
 from .ranges import (
     Check,
     Interval,
@@ -39,7 +39,7 @@ class HasCore(Protocol):
     """A `GPT2`, as far as settings look at it."""
 
     @property
-    def _core(self) -> CoreModel: ...
+    def _core(self) -> Engine[Any]: ...
 
 
 class Options(TypedDict, total=False):
@@ -280,15 +280,22 @@ class Settings:
             )
         return list(self.seed)
 
-    def speculator(self, model: _core.Model) -> _core.Speculator | None:
-        """Where the proposals of one text come from; None where there are none.
+    def speculator(self, model: Engine[Any]) -> _core.Speculator | None:
+        """Where the proposals of one text come from; None where there are none, as always on a GPU.
 
-        ValueError for an `assistant_model` of another vocabulary than `model`'s.
+        ValueError for an `assistant_model` of another vocabulary than `model`'s, or on a GPU.
         """
+        if not isinstance(model, _core.Model):
+            return None
         if self.prompt_lookup_num_tokens is not None:
             return _core.Speculator.lookup(self.prompt_lookup_num_tokens, self.max_matching_ngram_size)
         if self.assistant_model is not None:
-            return _core.Speculator.draft(model, self.assistant_model._core, self.num_assistant_tokens)
+            draft = self.assistant_model._core
+            if not isinstance(draft, _core.Model):
+                raise ValueError(
+                    f"assistant_model is on {draft.device}; it must be on the CPU, as the model is"
+                )
+            return _core.Speculator.draft(model, draft, self.num_assistant_tokens)
         return None
 
     def sampler(
@@ -374,7 +381,9 @@ def _context_overflow(name: str, value: Any) -> str:
 
 
 def _assistant_model(name: str, value: Any) -> HasCore:
-    if not isinstance(getattr(value, "_core", None), CoreModel):
+    from .gpt2 import GPT2
+
+    if not isinstance(value, GPT2):
         raise ValueError(f"{name} is {value!r}; it must be a gpt2rs.GPT2, or None")
     model: HasCore = value
     return model

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
-from . import _core
+from .engine import Engine
 from .generation import Text, steps
 from .results import Result
 from .text import TextDecoder
@@ -20,7 +21,7 @@ class Stream:
     """
 
     def __init__(
-        self, model: _core.Model, text: Text, decoder: TextDecoder, decode: Callable[[Sequence[int]], str]
+        self, model: Engine[Any], text: Text, decoder: TextDecoder, decode: Callable[[Sequence[int]], str]
     ) -> None:
         """Nothing is computed before the first piece is asked for."""
         self._text = text

@@ -2,8 +2,10 @@
 
 use super::config::Config;
 use crate::checkpoint::{self, StoredType};
+use crate::config;
 use crate::packed::{self, Packed};
-use numpy::{PyReadonlyArrayDyn, PyUntypedArrayMethods};
+use crate::weights::{self, Origin};
+use numpy::{PyArray1, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use std::path::{Path, PathBuf};
 
@@ -52,5 +54,43 @@ impl Checkpoint {
     }
     fn shape(&self, name: &str) -> PyResult<Vec<usize>> {
         Ok(self.0.shape(name)?)
+    }
+}
+
+/// The tensors of a model as arrays, for an engine that packs them its own way.
+#[pyclass(frozen, module = "gpt2rs._core")]
+pub(super) struct Tensors {
+    config: config::Config,
+    origin: Kept,
+}
+
+enum Kept {
+    Checkpoint(Py<Checkpoint>),
+    Random { seed: u64 },
+}
+
+#[pymethods]
+impl Tensors {
+    #[staticmethod]
+    fn of(config: &Config, checkpoint: Py<Checkpoint>) -> Tensors {
+        Tensors { config: config.0.clone(), origin: Kept::Checkpoint(checkpoint) }
+    }
+    #[staticmethod]
+    fn random(config: &Config, seed: u64) -> Tensors {
+        Tensors { config: config.0.clone(), origin: Kept::Random { seed } }
+    }
+    /// The tensor of this name, float32, in the shape that the model means.
+    fn get<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+        let (shape, transposed, values) = match &self.origin {
+            Kept::Random { seed } => {
+                py.detach(|| weights::tensor(&self.config, &Origin::Random { seed: *seed }, name))?
+            }
+            Kept::Checkpoint(checkpoint) => {
+                let checkpoint = &checkpoint.borrow(py).0;
+                py.detach(|| weights::tensor(&self.config, &Origin::Checkpoint(checkpoint), name))?
+            }
+        };
+        let array = PyArray1::from_vec(py, values).reshape(shape)?;
+        if transposed { array.getattr("T") } else { Ok(array.into_any()) }
     }
 }

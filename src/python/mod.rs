@@ -66,12 +66,14 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<config::Config>()?;
     module.add_class::<checkpoint::Checkpoint>()?;
+    module.add_class::<checkpoint::Tensors>()?;
     module.add_class::<model::Model>()?;
     module.add_class::<session::Session>()?;
     module.add_class::<speculator::Speculator>()?;
     module.add_class::<train::Trainer>()?;
     module.add_class::<sampler::Sampler>()?;
     module.add_class::<sampler::PySample>()?;
+    module.add_function(wrap_pyfunction!(sampler::log_softmax_at, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe_bandwidth, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe_fma, module)?)?;
     module.add_function(wrap_pyfunction!(probe::probe_dot_bf16, module)?)?;

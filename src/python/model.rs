@@ -120,6 +120,10 @@ impl Model {
         self.0.precision().name()
     }
     #[getter]
+    fn device(&self) -> &'static str {
+        "cpu"
+    }
+    #[getter]
     fn isa(&self) -> &'static str {
         self.0.isa().name()
     }

@@ -1,6 +1,7 @@
 //! How tokens are chosen, and what was chosen.
 
-use crate::sample::{Sample, Sampling, Scratch};
+use crate::error::Error;
+use crate::sample::{Sample, Sampling, Scratch, log_softmax_at as log_softmax_at_row};
 use crate::simd::Isa;
 use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
@@ -68,6 +69,68 @@ impl Sampler {
             top_logprobs,
         })
     }
+    #[getter]
+    fn prompt_len(&self) -> usize {
+        self.0.prompt_len
+    }
+    #[getter]
+    fn do_sample(&self) -> bool {
+        self.0.do_sample
+    }
+    #[getter]
+    fn temperature(&self) -> f64 {
+        self.0.temperature
+    }
+    #[getter]
+    fn top_k(&self) -> Option<usize> {
+        self.0.top_k
+    }
+    #[getter]
+    fn top_p(&self) -> Option<f64> {
+        self.0.top_p
+    }
+    #[getter]
+    fn min_p(&self) -> Option<f64> {
+        self.0.min_p
+    }
+    #[getter]
+    fn repetition_penalty(&self) -> f64 {
+        self.0.repetition_penalty
+    }
+    #[getter]
+    fn presence_penalty(&self) -> f64 {
+        self.0.presence_penalty
+    }
+    #[getter]
+    fn frequency_penalty(&self) -> f64 {
+        self.0.frequency_penalty
+    }
+    #[getter]
+    fn min_new_tokens(&self) -> usize {
+        self.0.min_new_tokens
+    }
+    #[getter]
+    fn seed(&self) -> u64 {
+        self.0.seed
+    }
+    #[getter]
+    fn index(&self) -> u64 {
+        self.0.index
+    }
+    /// Whether nothing beyond the settings above is asked for, eos and `min_new_tokens` aside.
+    #[getter]
+    fn is_plain(&self) -> bool {
+        let sampling = &self.0;
+        sampling.typical_p.is_none()
+            && sampling.epsilon_cutoff.is_none()
+            && sampling.eta_cutoff.is_none()
+            && sampling.no_repeat_ngram_size == 0
+            && sampling.bad_words_ids.is_empty()
+            && sampling.suppress_tokens.is_empty()
+            && sampling.logit_bias.is_empty()
+            && !sampling.logprobs
+            && sampling.top_logprobs == 0
+    }
     fn choose(
         &self,
         py: Python<'_>,
@@ -87,6 +150,11 @@ pub(super) struct PySample(pub(super) Sample);
 
 #[pymethods]
 impl PySample {
+    /// A token that another engine chose, without log-probabilities.
+    #[new]
+    fn new(token: u32) -> PySample {
+        PySample(Sample { token, logprob: None, top_logprobs: Vec::new() })
+    }
     #[getter]
     fn token(&self) -> u32 {
         self.0.token
@@ -99,4 +167,14 @@ impl PySample {
     fn top_logprobs(&self) -> Vec<(u32, f32)> {
         self.0.top_logprobs.clone()
     }
+}
+
+/// ln p(token) under the softmax of logits (V,).
+#[pyfunction]
+pub(super) fn log_softmax_at(logits: PyReadonlyArray1<'_, f32>, token: u32) -> PyResult<f32> {
+    let logits = logits.as_slice()?;
+    if token as usize >= logits.len() {
+        return Err(Error::TokenOutOfRange { token, n_vocab: logits.len() }.into());
+    }
+    Ok(log_softmax_at_row(Isa::from_env()?, logits, token))
 }

@@ -35,6 +35,7 @@ def bench(
     dtype: Annotated[list[str] | None, flag("May be repeated. Default: float32 and bfloat16.")] = None,
     kv_dtype: options.KvDtype = None,
     precision: options.Precision = "exact",
+    device: options.Device = "cpu",
     threads: Annotated[
         Any,
         flag(
@@ -49,21 +50,29 @@ def bench(
     quick: Annotated[bool, flag("Fewer rounds and tokens.", "--quick")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure decode and prefill, beside the read bandwidth and arithmetic peak measured in the same run."""
+    """Measure decode and prefill, beside the read bandwidth and arithmetic peak measured in the same run.
+
+    On a GPU decode is measured beside the bandwidth of its copies, prefill by itself.
+    """
     from gpt2rs import GPT2
     from gpt2rs.bench import measure
 
     def load(dtype: str, n_threads: int | None) -> GPT2:
         if model in _PRESETS:
             return GPT2.from_config(
-                model, dtype=dtype, kv_dtype=kv_dtype, precision=precision, n_threads=n_threads
+                model,
+                dtype=dtype,
+                kv_dtype=kv_dtype,
+                precision=precision,
+                device=device,
+                n_threads=n_threads,
             )
         return options.open_model(
             model,
             dtype=dtype,
             kv_dtype=kv_dtype,
             precision=precision,
-            device="cpu",
+            device=device,
             n_threads=n_threads,
             config=config,
             revision=revision,
@@ -74,7 +83,8 @@ def bench(
     _progress("")
     about = {
         "model": f"{model}, random weights" if model in _PRESETS else model,
-        "machine": _processor(),
+        "machine": _processor() if report.device == "cpu" else report.machine,
+        "device": report.device,
         "isa": report.isa,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -121,7 +131,7 @@ def _facts(report: Report, about: dict[str, str]) -> dict[str, Any]:
                 "tokens_per_second": spread(figure.tokens_per_second),
                 "unit": figure.unit,
                 "rate": spread(figure.rates),
-                "share_of_limit": spread(figure.shares),
+                "share_of_limit": spread(figure.shares) if figure.shares else None,
             }
             for figure in report.figures
         ],
@@ -141,6 +151,8 @@ def _table(report: Report, about: dict[str, str]) -> str:
     from gpt2rs.bench import COUNTING, Spread
 
     def cell(values: Sequence[float], digits: int = 1, unit: str = "") -> str:
+        if not values:
+            return ""
         median, low, high = Spread.of(values)
         return f"{median:.{digits}f}{unit} ({low:.{digits}f}, {high:.{digits}f})"
 

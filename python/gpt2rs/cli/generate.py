@@ -262,7 +262,8 @@ class _Clock:
 
     def report(self, gpt2: GPT2, prompt_len: int) -> str:
         """The lines that --stats prints."""
-        how = f"{gpt2.dtype}, {gpt2.n_threads} threads, {gpt2.isa}"
+        threads = f"{gpt2.n_threads} threads, " if gpt2.device == "cpu" else f"{gpt2.device}, "
+        how = f"{gpt2.dtype}, {threads}{gpt2.isa}"
         lines = [f"load     {self._loaded - self._start:.3f} s ({how})"]
         seconds = self._end - self._loaded
         if self._first is None or self._first[1] == self._n_tokens:

@@ -23,7 +23,7 @@ def info(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Show a model's config, number of parameters, memory by dtype and tokenizer."""
+    """Show a model's config, number of parameters, memory by dtype and tokenizer, and where it could run."""
     from gpt2rs.checkpoints import open_checkpoint
 
     source = open_checkpoint(model, config=config, revision=revision, local_files_only=offline)
@@ -43,6 +43,7 @@ def info(
         "memory_footprint": {dtype: shape.memory_footprint(dtype) for dtype in dtypes},
         "kv_cache_per_token": {dtype: 2 * shape.n_layer * shape.n_embd * _BYTES[dtype] for dtype in _DTYPES},
         "tokenizer": _tokenizer(source.folder, shape.n_vocab),
+        "devices": _devices(),
     }
     print(json.dumps(facts, indent=2) if as_json else _page(facts))
 
@@ -58,6 +59,30 @@ def _tokenizer(folder: Any, n_vocab: int) -> dict[str, Any] | None:
     if encoding is None:
         return None
     return {"n_tokens": encoding.n_vocab, "special_tokens": sorted(encoding.special_tokens_set)}
+
+
+def _devices() -> dict[str, Any]:
+    """The values of --device on this machine, and what stands in the way of a GPU."""
+    from gpt2rs.cuda.availability import Unavailable, devices
+
+    found: dict[str, Any] = {"cpu": None}
+    try:
+        gpus = devices()
+    except Unavailable as error:
+        return {**found, "cuda": {"problem": str(error)}}
+    for gpu in gpus:
+        problem = None
+        try:
+            gpu.check()
+        except Unavailable as error:
+            problem = str(error)
+        found[f"cuda:{gpu.ordinal}"] = {
+            "name": gpu.name,
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+            "memory": gpu.n_bytes,
+            "problem": problem,
+        }
+    return found
 
 
 def _page(facts: dict[str, Any]) -> str:
@@ -79,6 +104,7 @@ def _page(facts: dict[str, Any]) -> str:
             f"{dtype} {_size(size)} a token" for dtype, size in facts["kv_cache_per_token"].items()
         ),
         "tokenizer": words,
+        "devices": _device_line(facts["devices"]),
     }
     if facts["layout"] is not None:
         lines["layout"] = facts["layout"]
@@ -86,6 +112,17 @@ def _page(facts: dict[str, Any]) -> str:
     rows.append("config")
     rows += [f"  {name} = {json.dumps(value)}" for name, value in facts["config"].items()]
     return "\n".join(rows)
+
+
+def _device_line(devices: dict[str, Any]) -> str:
+    """Those that can be used, then why others can't."""
+    usable = [
+        name if about is None else f"{name} ({about['name']})"
+        for name, about in devices.items()
+        if about is None or about["problem"] is None
+    ]
+    problems = [about["problem"] for about in devices.values() if about is not None and about["problem"]]
+    return "; ".join([", ".join(usable), *problems])
 
 
 def _size(n_bytes: int) -> str:

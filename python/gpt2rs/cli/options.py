@@ -33,7 +33,7 @@ KvDtype = Annotated[
 Precision = Annotated[
     str, flag("exact, or fast: activations are bfloat16, too. Default: exact.", panel=_MODEL)
 ]
-Device = Annotated[str, flag("cpu or auto. Default: cpu.", panel=_MODEL)]
+Device = Annotated[str, flag("cpu, cuda, cuda:N or auto. Default: cpu.", panel=_MODEL)]
 Threads = Annotated[int | None, flag("Default: what machine and model profit from.", panel=_MODEL)]
 Config = Annotated[str | None, flag("For a file without one: a config.json or a preset.", panel=_MODEL)]
 Revision = Annotated[str | None, flag("Branch, tag or commit of a hub name.", panel=_MODEL)]

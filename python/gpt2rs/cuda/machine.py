@@ -35,6 +35,8 @@ class Launch:
 
     args: in the kernel's order; a `Buffer` is passed as a 64-bit address, an int as a 32-bit signed integer,
     a float as a float32.  grid and block count blocks and threads, smem the bytes of dynamic shared memory.
+    overlap: it may begin before the launch ahead of it has ended, since it waits for that by itself
+    (`previous_done` of prim.cuh), as all kernels of the package do.
     """
 
     kernel: str
@@ -42,6 +44,7 @@ class Launch:
     block: int
     smem: int
     args: tuple[Buffer | int | float, ...]
+    overlap: bool = True
 
 
 class Graph(Protocol):
@@ -57,6 +60,14 @@ class Machine(Protocol):
     @property
     def name(self) -> str:
         """What the device calls itself."""
+
+    @property
+    def device(self) -> str:
+        """Where it is: "cuda:N"."""
+
+    @property
+    def arch(self) -> str:
+        """What kernels are compiled for, such as "sm_90"."""
 
     @property
     def n_sm(self) -> int:

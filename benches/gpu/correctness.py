@@ -1,0 +1,171 @@
+"""Is what a GPU computes right, and one answer?  A check gives what its row says, or raises `Wrong`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import gpt2rs
+from gpt2rs.cuda import compiler
+from gpt2rs.cuda.availability import device as find_device
+from gpt2rs.cuda.gpu import Gpu
+from gpt2rs.cuda.machine import Launch
+
+ROOT = Path(__file__).parents[2]
+
+
+# Prompts of a batch: each so many tokens longer than the one before, up to a number where it begins anew.
+PROMPTS = (37, 200)
+
+
+class Wrong(AssertionError):
+    """A check that failed, and how."""
+
+
+def golden(device: str, names: Sequence[str] | None = None) -> str:
+    """Logits of the reference checkpoints, or those named, against transformers in float64, and texts."""
+    sys.path.insert(0, str(ROOT / "tests" / "python"))
+    from golden_cases import CASES, expected, generations
+    from test_golden import bound
+
+    chosen = list(CASES) if names is None else names
+    worst, n_texts = 0.0, 0
+    for name in chosen:
+        want = expected(name)
+        for dtype in ("float32", "bfloat16"):
+            model = gpt2rs.GPT2.from_pretrained(CASES[name], dtype=dtype, device=device)
+            for ids, logits in zip(want["input_ids"], want["logits"], strict=True):
+                error = np.abs(model.logits(ids) - logits).max()
+                allowed = bound(model.config, np.abs(logits).max(), rounded=dtype == "bfloat16")
+                worst = max(worst, float(error / allowed))
+                if not error <= allowed:
+                    raise Wrong(f"{name}, {dtype}: logits are off by {error:.3g}, by {allowed:.3g} at most")
+        model = gpt2rs.GPT2.from_pretrained(CASES[name], dtype="float32", device=device)
+        for run in generations(name):
+            found = model.generate(run["prompt"], **run["kwargs"]).tokens
+            if found != run["tokens"]:
+                raise Wrong(f"{name}, {run['name']}: {found} instead of {run['tokens']}")
+            n_texts += 1
+    errors = f"logits within {100 * worst:.0f} % of their bound"
+    return f"{len(chosen)} checkpoints in float32 and bfloat16, {errors}; {n_texts} texts are the same"
+
+
+def batch_invariance(model: gpt2rs.GPT2, n_sequences: int) -> str:
+    """A sequence's logits and text alone, in a batch, and with its prompt cut into pieces: equal bits."""
+    step, longest = PROMPTS
+    lengths = [1 + step * i % longest for i in range(n_sequences)]
+    prompts = [tokens(model, n, seed=i) for i, n in enumerate(lengths)]
+    together = [model.session() for _ in prompts]
+    model._core.prefill([session._core for session in together], prompts)
+    texts = model.generate(prompts, max_new_tokens=8, eos_token_id=None)
+    for i, (prompt, session, text) in enumerate(zip(prompts, together, texts, strict=True)):
+        alone, pieces = model.session(), model.session()
+        alone.prefill(prompt)
+        for start in range(0, len(prompt), 13):
+            pieces.prefill(prompt[start : start + 13])
+        for name, other in (("in a batch", session), ("in pieces", pieces)):
+            if not same_bits(alone.logits, other.logits):
+                raise Wrong(f"sequence {i} of {len(prompt)} tokens: other logits alone and {name}")
+        if i < 4 and model.generate(prompt, max_new_tokens=8, eos_token_id=None).tokens != text.tokens:
+            raise Wrong(f"sequence {i}: another text alone than in a batch")
+    return (
+        f"{n_sequences} sequences of 1 to {max(lengths)} tokens: the same bits alone, together and in pieces"
+    )
+
+
+def mma_invariance(device: str, n_trials: int = 4096, n_steps: int = 16) -> str:
+    """One column in each of the eight places of an MMA, and one row in each of the sixteen: the same bits."""
+    which = find_device(int(device.partition(":")[2] or 0))
+    arch = compiler.architecture(which.major, which.minor)
+    gpu = Gpu(which, arch, compiler.build([places_source()], arch))
+    rng = np.random.default_rng(0)
+    # Words a step: of the matrix that stays, of the column or row, and of what stands around it.
+    for kernel, words, n_places, n_sums in (("columns", (128, 8, 64), 8, 16), ("rows", (64, 8, 128), 16, 8)):
+        arrays = [bfloat16_words(rng, n_trials * n_steps * n) for n in words]
+        buffers = [gpu.alloc(array.nbytes) for array in arrays]
+        for buffer, array in zip(buffers, arrays, strict=True):
+            gpu.upload(buffer, array)
+        sums = np.empty((n_trials, n_places, n_sums), np.float32)
+        out = gpu.alloc(sums.nbytes)
+        gpu.launch(Launch(kernel, (n_trials, 1, 1), 32, 0, (*buffers, out, n_steps)))
+        gpu.download(out, sums)
+        if not np.isfinite(sums).all() or len(np.unique(sums[:, 0])) < n_trials:
+            raise Wrong(f"{kernel}: the sums are not those of random numbers")
+        for place in range(1, n_places):
+            if not same_bits(sums[:, 0], sums[:, place]):
+                raise Wrong(f"{which}: {kernel} have other bits in place {place} than in place 0")
+    chains = f"{n_trials} chains of {n_steps} mma.m16n8k16 on {arch}"
+    return f"{chains}: columns and rows have the same bits in all places"
+
+
+def places_source() -> compiler.Source:
+    """The kernels beside this file, with the package's primitives."""
+    text = Path(__file__).with_name("places.cu").read_text(encoding="utf-8")
+    return compiler.Source("places.cu", text, compiler.package_sources()[0].headers)
+
+
+def bfloat16_words(rng: np.random.Generator, n: int) -> np.ndarray:
+    """(n,) uint32, two bfloat16 each, of sizes from 2^-12 to 2^12: sums round at every step."""
+    values = rng.standard_normal(2 * n, np.float32) * np.exp2(rng.integers(-12, 13, 2 * n)).astype(np.float32)
+    return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint32)
+
+
+TINY = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 512, "n_positions": 128}
+_TINY_RUN = """
+    import gpt2rs
+    for dtype in ("float32", "bfloat16"):
+        model = gpt2rs.GPT2.from_config({config}, dtype=dtype, device={device!r})
+        prompts = [list(range(1, 2 + 9 * i)) for i in range(5)]
+        model.generate(prompts, max_new_tokens=6, eos_token_id=None)
+        model.generate(prompts, max_new_tokens=6, eos_token_id=None, temperature=0.8, top_p=0.9, seed=1)
+        model.score(prompts[-1])
+"""
+
+
+def sanitizer(tool: str, device: str) -> str:
+    """NVIDIA's compute-sanitizer over a tiny model: "memcheck" finds bad accesses, "racecheck" shared-memory
+    races."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return "not run: there is no compute-sanitizer"
+    code = textwrap.dedent(_TINY_RUN).format(config=TINY, device=device)
+    done = subprocess.run(
+        [program, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode == 86:
+        raise Wrong(f"{tool}: {last}")
+    if done.returncode:
+        return f"not run: {(done.stderr.strip().splitlines() or [last])[-1]}"
+    return last.strip("= ")
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two float32 arrays are equal, the sign of zero and NaNs included."""
+    return bool((np.ascontiguousarray(a).view(np.uint32) == np.ascontiguousarray(b).view(np.uint32)).all())
+
+
+def tokens(model: gpt2rs.GPT2, n: int, seed: int = 0) -> list[int]:
+    """n ids spread over the vocabulary."""
+    return [(seed * 31 + 7919 * i) % model.config.n_vocab for i in range(n)]
+
+
+def checked(checks: dict[str, Callable[[], str]]) -> list[tuple[str, bool, str]]:
+    """Each check's name, whether it held, and what it says."""
+    rows = []
+    for name, check in checks.items():
+        try:
+            rows.append((name, True, check()))
+        except (Wrong, RuntimeError, subprocess.TimeoutExpired) as error:
+            rows.append((name, False, str(error)))
+    return rows

@@ -1,0 +1,186 @@
+"""A machine without a GPU: the kernels' own source compiled as C++ over shim.h."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from gpt2rs.cuda.machine import Buffer, Launch
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++")
+_KERNEL = re.compile(r"^KERNEL\([^)]*\)\s*(\w+)\(", re.MULTILINE)
+_KERNEL_OF_PARTS = re.compile(r"KERNEL\([^)]*\)[\s\\]*(\w+_)##parts_\(")
+
+
+def kernel_names(source: str) -> list[str]:
+    """Names of the kernels that a file defines, those of macros for 1 and 3 parts too."""
+    stems = _KERNEL_OF_PARTS.findall(source)
+    return [name for name in _KERNEL.findall(source)] + [
+        f"{stem}{parts}" for stem in stems for parts in (1, 3)
+    ]
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = [("kind", ctypes.c_char), ("bits", ctypes.c_uint64)]
+
+
+def build(sources: Sequence[Path], folder: Path) -> ctypes.CDLL:
+    """Compile kernel files, each in a namespace of its own, into one library."""
+    files = [str(source) for source in sources]
+    names = [kernel_names(source.read_text()) for source in sources]
+    kernels = Path(str(resources.files("gpt2rs.cuda") / "kernels"))
+    # Headers first, so that only what a file has of its own is in its namespace.
+    text = ['#include "shim.h"', *(f'#include "{header.name}"' for header in sorted(kernels.glob("*.cuh")))]
+    text += [f'namespace file{i} {{\n#include "{file}"\n}}' for i, file in enumerate(files)]
+    known = [f'    known<file{i}::{name}>("{name}"),' for i, group in enumerate(names) for name in group]
+    text += ["const std::vector<shim::Known> shim::kernels = {", *known, "};"]
+    unit, library = folder / "kernels.cpp", folder / "kernels.so"
+    unit.write_text("\n".join(text))
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-ftree-vectorize",
+        "-fPIC",
+        "-shared",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+        "-w",
+    ]
+    if "fma" in Path("/proc/cpuinfo").read_text().split():
+        flags += ["-mfma", "-mavx2"]
+    assert COMPILER is not None
+    done = subprocess.run(
+        [COMPILER, *flags, f"-I{HERE}", f"-I{kernels}", str(unit), "-o", str(library)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[:4000])
+    shim = ctypes.CDLL(str(library))
+    shim.shim_alloc.restype = ctypes.c_void_p
+    shim.shim_alloc.argtypes = [ctypes.c_uint64]
+    shim.shim_free.argtypes = [ctypes.c_void_p]
+    shim.shim_launch.restype = ctypes.c_char_p
+    shim.shim_launch.argtypes = [
+        ctypes.c_char_p,
+        ctypes.POINTER(ctypes.c_uint32),
+        ctypes.c_uint32,
+        ctypes.c_uint32,
+        ctypes.POINTER(_Argument),
+        ctypes.c_uint64,
+        ctypes.c_uint64,
+    ]
+    return shim
+
+
+@functools.cache
+def package_kernels() -> ctypes.CDLL:
+    """The kernels of the package, compiled once for all tests."""
+    sources = sorted(Path(str(resources.files("gpt2rs.cuda") / "kernels")).glob("*.cu"))
+    with tempfile.TemporaryDirectory() as temporary:
+        return build(sources, Path(temporary))
+
+
+class ShimBuffer:
+    """Memory that kernels may use; poisoned, whatever a device would do."""
+
+    def __init__(self, shim: ctypes.CDLL, n_bytes: int) -> None:
+        self._shim = shim
+        self.n_bytes = n_bytes
+        self.address = shim.shim_alloc(n_bytes)
+        self.freed = False
+
+    def __del__(self) -> None:
+        self.free()
+
+    def free(self) -> None:
+        if not self.freed:
+            self.freed = True
+            self._shim.shim_free(self.address)
+
+    @property
+    def host(self) -> np.ndarray:
+        return np.ctypeslib.as_array((ctypes.c_uint8 * self.n_bytes).from_address(self.address))
+
+
+class ShimGraph:
+    """Launches to be run again."""
+
+    def __init__(self, machine: ShimMachine, launches: Sequence[Launch]) -> None:
+        self._machine, self._launches = machine, tuple(launches)
+
+    def launch(self) -> None:
+        for launch in self._launches:
+            self._machine.launch(launch)
+
+
+class ShimMachine:
+    """Runs kernels at once, one thread after the other, in an order that `seed` shuffles."""
+
+    def __init__(self, shim: ctypes.CDLL | None = None, seed: int = 0) -> None:
+        self._shim = shim or package_kernels()
+        self._seed = seed
+        self.n_launched = 0
+        self.kernels: set[str] = set()
+
+    name = "host shim"
+    device = "cuda:0"
+    arch = "host"
+    n_sm = 4
+
+    def alloc(self, n_bytes: int) -> ShimBuffer:
+        return ShimBuffer(self._shim, n_bytes)
+
+    def mailbox(self, n_bytes: int) -> ShimBuffer:
+        return ShimBuffer(self._shim, n_bytes)
+
+    def upload(self, buffer: Buffer, data: np.ndarray, offset: int = 0) -> None:
+        assert data.flags.c_contiguous
+        assert offset >= 0 and offset + data.nbytes <= buffer.n_bytes
+        ctypes.memmove(buffer.address + offset, data.ctypes.data, data.nbytes)
+
+    def download(self, buffer: Buffer, out: np.ndarray, offset: int = 0) -> None:
+        assert out.flags.c_contiguous
+        assert offset >= 0 and offset + out.nbytes <= buffer.n_bytes
+        ctypes.memmove(out.ctypes.data, buffer.address + offset, out.nbytes)
+
+    def launch(self, launch: Launch) -> None:
+        arguments = (_Argument * len(launch.args))()
+        for argument, value in zip(arguments, launch.args, strict=True):
+            if isinstance(value, int):
+                argument.kind, argument.bits = b"i", value & 0xFFFFFFFF
+            elif isinstance(value, float):
+                argument.kind = b"f"
+                argument.bits = int(np.float32(value).view(np.uint32))
+            else:
+                assert not value.freed, f"{launch.kernel} is given a buffer that was freed"
+                argument.kind, argument.bits = b"b", value.address
+        self.n_launched += 1
+        self.kernels.add(launch.kernel)
+        fault = self._shim.shim_launch(
+            launch.kernel.encode(),
+            (ctypes.c_uint32 * 3)(*launch.grid),
+            launch.block,
+            launch.smem,
+            arguments,
+            len(launch.args),
+            self._seed + self.n_launched,
+        )
+        if fault is not None:
+            raise RuntimeError(fault.decode())
+
+    def graph(self, launches: Sequence[Launch]) -> ShimGraph:
+        return ShimGraph(self, launches)
+
+    def synchronize(self) -> None:
+        pass
