@@ -72,12 +72,17 @@ def test_forks_and_cuts(model: CudaModel, rows: np.ndarray) -> None:
     fork = whole.fork()
     fork.truncate(70)
     fork.prefill([3] * 30)
+    wanted = fork.logits
+    # What a fork wrote, the others don't see: not where blocks were full, nor in the one that was cut.
+    whole.prefill(TOKENS[140:145])
+    np.testing.assert_array_equal(whole.logits, rows[144])
     again = fork.fork()
     again.truncate(70)
     again.prefill(TOKENS[70:100])
     np.testing.assert_array_equal(again.logits, rows[99])
-    whole.prefill(TOKENS[140:145])
-    np.testing.assert_array_equal(whole.logits, rows[144])
+    fork.prefill([5])
+    fork.truncate(100)
+    np.testing.assert_array_equal(fork.logits, wanted)
     whole.truncate(33)
     np.testing.assert_array_equal(whole.logits, rows[32])
 
