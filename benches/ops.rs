@@ -113,9 +113,8 @@ macro_rules! benched {
                 inputs.scales.resize(rows * groups, 0.0);
                 inputs.starts.resize(rows * sums, 0);
                 let Inputs { values, scales, starts, .. } = inputs;
-                let (group, bytes) = (Self::GROUP, bytemuck::cast_slice_mut(values));
-                let (rotation, sum) = (1, Self::SUM);
-                isa().run(QuantiseRows { x, rows, rotation, group, sum, values: bytes, scales, starts });
+                let (bytes, format) = (bytemuck::cast_slice_mut(values), PhantomData::<Self>);
+                isa().run(QuantiseRows { x, rows, rotation: 1, values: bytes, scales, starts, format });
                 Quantised {
                     values: Rows::new(values, steps, steps),
                     scales: Rows::new(scales, groups, groups),

@@ -1,87 +1,34 @@
 //! The regions of a forward pass: how each operation's columns, heads or rows are cut over the pool's threads.
 //!
-//! A region ends with a barrier, so there are few: LayerNorm is computed again by every thread that needs it, which is
-//! cheaper than to wait for another, and biases, activations and residual sums ride in the products' epilogues.
+//! A region ends with a barrier, so there are few: for a few rows LayerNorm is computed again by every thread that needs
+//! it, which is cheaper than to wait for another; for many a thread has rows of its own; and biases, activations and residual sums ride in the products' epilogues.
+
+mod activations;
+mod inputs;
 
 use crate::config::{Activation, Precision};
 use crate::kv_cache::Head;
+use crate::ops::Rows;
 use crate::ops::attention::{self, Append, Attention, Cached};
 use crate::ops::embed::embed;
 use crate::ops::layernorm::LayerNorm;
-use crate::ops::matmul::{MatMul, Quantised, Steps, Then};
+use crate::ops::matmul::{MatMul, Then};
 use crate::ops::pairs::{Bf16, Bf16Dots, F32, Int8};
 use crate::ops::panels::{Int4Groups, Int8Groups, NR};
-use crate::ops::round::{QuantiseRows, RoundRows};
-use crate::ops::{Rows, padded_stride};
 use crate::pool::{Columns, Pool, share};
 use crate::simd::{Isa, in_default_mode};
 use crate::weights::{Dtype, Linear, Matrix, Norm};
-use half::bf16;
+use inputs::{InputRows, Inputs, Source};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// A row-major buffer of activations, its rows padded; it keeps its memory between passes.
-#[derive(Default)]
-pub struct Activations {
-    data: Vec<f32>,
-    rows: usize,
-    columns: usize,
-}
-
-impl Activations {
-    /// Makes it (rows, columns); what it holds is unspecified, but for a zero after each row of an odd length.
-    pub fn shape(&mut self, rows: usize, columns: usize) -> &mut Activations {
-        (self.rows, self.columns) = (rows, columns);
-        let len = rows * self.stride();
-        if self.data.len() < len {
-            self.data.resize(len, 0.0);
-        }
-        if columns % 2 == 1 {
-            let stride = self.stride();
-            self.data[..len].chunks_exact_mut(stride).for_each(|row| row[columns] = 0.0);
-        }
-        self
-    }
-
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Row `i`.
-    pub fn row(&self, i: usize) -> &[f32] {
-        self.view().row(i)
-    }
-
-    /// Row `i`, to be written.
-    pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
-        let start = i * self.stride();
-        &mut self.data[start..start + self.columns]
-    }
-
-    fn stride(&self) -> usize {
-        padded_stride(self.columns)
-    }
-
-    fn view(&self) -> Rows<'_> {
-        Rows::new(&self.data, self.stride(), self.columns)
-    }
-
-    /// Its values two by two, a zero beside an odd last one.
-    fn pairs(&self) -> Rows<'_, [f32; 2]> {
-        Rows::new(bytemuck::cast_slice(&self.data), self.stride() / 2, self.columns.div_ceil(2))
-    }
-
-    fn split(&mut self, ranges: impl IntoIterator<Item = Range<usize>>) -> Vec<Columns<'_>> {
-        let stride = self.stride();
-        Columns::split(&mut self.data, stride, self.rows, ranges)
-    }
-}
+pub use activations::Activations;
 
 /// The threads of a model and what each of them keeps for itself.
 pub struct Workers {
     how: How,
     pool: Pool,
+    inputs: Inputs,
     scratch: Vec<Scratch>,
 }
 
@@ -95,19 +42,16 @@ struct How {
 
 #[derive(Default)]
 struct Scratch {
-    normed: Activations,
     inputs: Inputs,
     attention: attention::Scratch,
 }
 
-/// Room for activations in the type that narrow weights are multiplied with.
-#[derive(Default)]
-struct Inputs {
-    pairs: Vec<[bf16; 2]>,
-    values: Vec<[[i8; 4]; 2]>,
-    scales: Vec<f32>,
-    starts: Vec<i32>,
-}
+/// Rows from which on a product's inputs are prepared once, by all threads together, for the price of a barrier.
+const SHARED_ROWS: usize = 8;
+
+/// Rows for each thread from which on a product is cut by rows: what a thread computed is then read by the same one,
+/// which costs less than fetching it from another core, and all threads read all weights.
+const OWN_ROWS: usize = 64;
 
 /// One sequence's part of a pass: its rows of the activations and one layer of its cache.
 pub struct AttentionRun<'a> {
@@ -123,7 +67,7 @@ impl Workers {
     /// Threads that run kernels of `isa`, for caches of `kv_dtype`.
     pub fn new(isa: Isa, precision: Precision, kv_dtype: Dtype, pool: Pool) -> Workers {
         let scratch = (0..pool.n_threads()).map(|_| Scratch::default()).collect();
-        Workers { how: How { isa, precision, kv_dtype }, pool, scratch }
+        Workers { how: How { isa, precision, kv_dtype }, pool, inputs: Inputs::default(), scratch }
     }
 
     /// `x[i] = wte[token] + wpe[position]` for each (token, position).
@@ -157,39 +101,23 @@ impl Workers {
     pub fn norm_linear(
         &mut self,
         x: &Activations,
-        (norm, eps): (&Norm, f32),
+        norm: (&Norm, f32),
         linear: &Linear,
         activation: Option<Activation>,
         out: &mut Activations,
     ) {
         let out = out.shape(x.rows, linear.weight.n());
-        let (stride, rows) = (out.stride(), out.rows);
-        let then = || activation.map_or(Then::Store, Then::Activate);
-        self.norm_matmul(x, (norm, eps), (&linear.weight, &linear.bias), then, (&mut out.data, stride, rows));
+        let (stride, then) = (out.stride(), || activation.map_or(Then::Store, Then::Activate));
+        let outs = self.cut(&linear.weight, x.rows, &mut out.data, stride);
+        let outs = outs.into_iter().map(|(rows, out)| (rows, then(), out)).collect();
+        self.multiply(Source::new(x, Some(norm)), (&linear.weight, &linear.bias), outs);
     }
 
     /// `out = LayerNorm(x) @ w`, (rows, N) without padding.
     pub fn norm_head(&mut self, x: &Activations, norm: (&Norm, f32), w: &Matrix, out: &mut [f32]) {
-        self.norm_matmul(x, norm, (w, &[]), || Then::Store, (out, w.n(), x.rows));
-    }
-
-    fn norm_matmul<'t>(
-        &mut self,
-        x: &Activations,
-        (norm, eps): (&Norm, f32),
-        (w, bias): (&Matrix, &[f32]),
-        then: impl Fn() -> Then<'t> + Sync,
-        (out, stride, rows): (&mut [f32], usize, usize),
-    ) {
-        let outs = Columns::split(out, stride, rows, shares(w, self.pool.n_threads()));
-        let parts = outs.into_iter().zip(&mut self.scratch).collect();
-        let how = self.how;
-        self.pool.run(parts, |(out, scratch): (Columns<'_>, &mut Scratch)| {
-            let Scratch { normed, inputs, .. } = scratch;
-            let normed = normed.shape(x.rows, x.columns);
-            norm_rows(how.isa, x, (norm, eps), normed);
-            how.matmul(normed, w, bias, then(), out, inputs);
-        });
+        let outs = self.cut(w, x.rows, out, w.n());
+        let outs = outs.into_iter().map(|(rows, out)| (rows, Then::Store, out)).collect();
+        self.multiply(Source::new(x, Some(norm)), (w, &[]), outs);
     }
 
     /// `x += a @ w + b`; `sums` is room for unfinished sums.
@@ -200,13 +128,64 @@ impl Workers {
         sums: &mut Activations,
         x: &mut Activations,
     ) {
-        let (n, w) = (self.pool.n_threads(), &linear.weight);
-        let sums = sums.shape(a.rows, w.n()).split(shares(w, n));
-        let outs = x.split(shares(w, n)).into_iter().zip(sums);
-        let parts = outs.zip(&mut self.scratch).collect();
-        let how = self.how;
-        self.pool.run(parts, |((x, sums), scratch): ((Columns<'_>, Columns<'_>), &mut Scratch)| {
-            how.matmul(a, w, &linear.bias, Then::AddTo(x), sums, &mut scratch.inputs);
+        let (rows, w, stride) = (a.rows, &linear.weight, x.stride());
+        let sums = self.cut(w, rows, &mut sums.shape(rows, w.n()).data, stride);
+        let outs = self.cut(w, rows, &mut x.data, stride).into_iter().zip(sums);
+        let outs = outs.map(|((rows, x), (_, sums))| (rows, Then::AddTo(x), sums)).collect();
+        self.multiply(Source::new(a, None), (w, &linear.bias), outs);
+    }
+
+    /// Each thread's part of a product's output: its rows, and of these its columns.
+    fn cut<'a>(
+        &self,
+        w: &Matrix,
+        rows: usize,
+        mut out: &'a mut [f32],
+        stride: usize,
+    ) -> Vec<(Range<usize>, Columns<'a>)> {
+        let n = self.pool.n_threads();
+        if rows < n * OWN_ROWS {
+            let outs = Columns::split(out, stride, rows, shares(w, n));
+            return outs.into_iter().map(|out| (0..rows, out)).collect();
+        }
+        let mut parts = Vec::with_capacity(n);
+        for i in 0..n {
+            let rows = share(rows, n, i);
+            let len = (rows.len() * stride).min(out.len());
+            let own = out.split_off_mut(..len).expect("so many rows");
+            parts.extend(
+                Columns::split(own, stride, rows.len(), [0..w.n()])
+                    .into_iter()
+                    .map(|out| (rows.clone(), out)),
+            );
+        }
+        parts
+    }
+
+    /// A product by all threads, each of which has rows, an epilogue, and its part of the output.
+    fn multiply(
+        &mut self,
+        source: Source<'_>,
+        (w, bias): (&Matrix, &[f32]),
+        outs: Vec<(Range<usize>, Then<'_>, Columns<'_>)>,
+    ) {
+        let (how, n) = (self.how, self.pool.n_threads());
+        let shared = n > 1 && (SHARED_ROWS..n * OWN_ROWS).contains(&source.rows);
+        if shared {
+            let parts = self.inputs.split(how, source, w, n);
+            self.pool.run(parts, InputRows::fill);
+        }
+        let prepared = &self.inputs;
+        let parts = outs.into_iter().zip(&mut self.scratch).collect();
+        type Part<'a> = ((Range<usize>, Then<'a>, Columns<'a>), &'a mut Scratch);
+        self.pool.run(parts, |((rows, then, out), scratch): Part<'_>| {
+            let source = source.part(rows);
+            let mut inputs = prepared;
+            if !shared {
+                scratch.inputs.split(how, source, w, 1).into_iter().for_each(InputRows::fill);
+                inputs = &scratch.inputs;
+            }
+            how.matmul(source, inputs, w, bias, then, out);
         });
     }
 
@@ -319,65 +298,28 @@ impl How {
 
     fn matmul(
         self,
-        x: &Activations,
+        source: Source<'_>,
+        inputs: &Inputs,
         w: &Matrix,
         bias: &[f32],
         then: Then<'_>,
         out: Columns<'_>,
-        inputs: &mut Inputs,
     ) {
-        let (isa, rows) = (self.isa, x.rows);
+        let (isa, rows) = (self.isa, source.rows);
+        macro_rules! product {
+            ($run:ident, $format:ty, $x:expr) => {
+                isa.$run(MatMul { x: $x, rows, w: w.panels::<$format>(), bias, then, out })
+            };
+        }
         match (w.dtype(), self.precision) {
-            (Dtype::F32, _) => isa.run(MatMul { x: x.pairs(), rows, w: w.panels::<F32>(), bias, then, out }),
-            (Dtype::BF16, Precision::Exact) => {
-                isa.run(MatMul { x: x.pairs(), rows, w: w.panels::<Bf16>(), bias, then, out });
-            }
+            (Dtype::F32, _) => product!(run, F32, inputs.floats(source)),
+            (Dtype::BF16, Precision::Exact) => product!(run, Bf16, inputs.floats(source)),
             (Dtype::BF16, Precision::Fast) => {
-                let x = inputs.round(isa, x);
-                isa.run_flushing(MatMul { x, rows, w: w.panels::<Bf16Dots>(), bias, then, out });
+                product!(run_flushing, Bf16Dots, inputs.rounded(source))
             }
-            (Dtype::Int8, _) => {
-                let x = inputs.quantise::<Int8Groups>(isa, x, w.rotation());
-                isa.run(MatMul { x, rows, w: w.panels::<Int8Groups>(), bias, then, out });
-            }
-            (Dtype::Int4, _) => {
-                let x = inputs.quantise::<Int4Groups>(isa, x, w.rotation());
-                isa.run(MatMul { x, rows, w: w.panels::<Int4Groups>(), bias, then, out });
-            }
+            (Dtype::Int8, _) => product!(run, Int8Groups, inputs.quantised::<Int8Groups>(source)),
+            (Dtype::Int4, _) => product!(run, Int4Groups, inputs.quantised::<Int4Groups>(source)),
         }
-    }
-}
-
-impl Inputs {
-    fn round(&mut self, isa: Isa, x: &Activations) -> Rows<'_, [bf16; 2]> {
-        let stride = x.stride() / 2;
-        grow(&mut self.pairs, x.rows * stride);
-        isa.run(RoundRows { x: x.view(), rows: x.rows, out: &mut self.pairs, stride });
-        Rows::new(&self.pairs, stride, x.columns.div_ceil(2))
-    }
-
-    fn quantise<F: Steps>(&mut self, isa: Isa, x: &Activations, rotation: usize) -> Quantised<'_> {
-        let (group, sum) = (F::GROUP, F::SUM);
-        let groups = x.columns.div_ceil(group);
-        let (steps, sums) = (groups * group / 8, groups * group / sum);
-        grow(&mut self.values, x.rows * steps);
-        grow(&mut self.scales, x.rows * groups);
-        grow(&mut self.starts, x.rows * sums);
-        let values = bytemuck::cast_slice_mut(&mut self.values);
-        let (scales, starts) = (&mut self.scales[..], &mut self.starts[..]);
-        let rows = x.rows;
-        isa.run(QuantiseRows { x: x.view(), rows, rotation, group, sum, values, scales, starts });
-        Quantised {
-            values: Rows::new(&self.values, steps, steps),
-            scales: Rows::new(&self.scales, groups, groups),
-            starts: Rows::new(&self.starts, sums, sums),
-        }
-    }
-}
-
-fn grow<T: Copy + Default>(values: &mut Vec<T>, len: usize) {
-    if values.len() < len {
-        values.resize(len, T::default());
     }
 }
 
@@ -404,10 +346,4 @@ fn shares(w: &Matrix, n: usize) -> impl Iterator<Item = Range<usize>> {
         let panels = share(panels, n, i);
         (panels.start * NR).min(columns)..(panels.end * NR).min(columns)
     })
-}
-
-fn norm_rows(isa: Isa, x: &Activations, (norm, eps): (&Norm, f32), out: &mut Activations) {
-    let out_stride = out.stride();
-    let out = &mut out.data[..x.rows * out_stride];
-    isa.run(LayerNorm { x: x.view(), weight: &norm.weight, bias: &norm.bias, eps, out, out_stride });
 }

@@ -9,16 +9,19 @@
 // Tiles of registers are arrays indexed by constants: iterators over them hide that from whoever reads, and from LLVM.
 #![allow(clippy::needless_range_loop)]
 
+mod cache;
+mod softmax;
+
 use super::Rows;
-use super::pairs::{Bf16, Bf16Dots, F32, Int8, Pairs};
-use super::round::{quantised, rounded};
 use super::softmax::exp_lanes;
 use crate::pool::Columns;
 use crate::simd::{Kernel, LANES, Simd, store_partial};
-use bytemuck::Zeroable;
-use half::bf16;
+use cache::Layout;
+use softmax::Weights;
 use std::marker::PhantomData;
 use std::ops::Range;
+
+pub use cache::{Append, Cached, block_bytes};
 
 /// Positions of a block.
 pub const BLOCK: usize = LANES;
@@ -32,140 +35,6 @@ const LINE: usize = 64;
 const TILE: usize = 6;
 /// Queries whose state stays in the first-level cache beside a run.
 const QUERIES: usize = 8 * TILE;
-
-/// How a cache holds keys and values.
-pub trait Cached: Pairs {
-    /// An element.
-    type Element: bytemuck::Pod;
-    /// Whether a position's key and value have a scale each.
-    const SCALED: bool;
-    /// Where the first and the second row are in a step, and how far a lane is from the next.
-    const PLACES: ([usize; 2], usize);
-    /// The elements of a vector, and their scale.
-    fn store<S: Simd>(simd: S, x: &[f32], out: &mut [Self::Element]) -> f32;
-}
-
-impl Cached for F32 {
-    type Element = f32;
-    const SCALED: bool = false;
-    const PLACES: ([usize; 2], usize) = ([0, LANES], 1);
-
-    #[inline(always)]
-    fn store<S: Simd>(_: S, x: &[f32], out: &mut [f32]) -> f32 {
-        out.copy_from_slice(x);
-        1.0
-    }
-}
-
-macro_rules! cached_bf16 {
-    ($($pairs:ty),+) => {
-        $(impl Cached for $pairs {
-            type Element = bf16;
-            const SCALED: bool = false;
-            const PLACES: ([usize; 2], usize) = ([1, 0], 2);
-
-            #[inline(always)]
-            fn store<S: Simd>(simd: S, x: &[f32], out: &mut [bf16]) -> f32 {
-                rounded(simd, x, out);
-                1.0
-            }
-        })+
-    };
-}
-
-cached_bf16!(Bf16, Bf16Dots);
-
-impl Cached for Int8 {
-    type Element = i8;
-    const SCALED: bool = true;
-    const PLACES: ([usize; 2], usize) = ([0, 1], 2);
-
-    #[inline(always)]
-    fn store<S: Simd>(simd: S, x: &[f32], out: &mut [i8]) -> f32 {
-        quantised(simd, x, out)
-    }
-}
-
-/// Where the parts of a block of one head are, in bytes: keys from the start, then values, then scales.
-#[derive(Clone, Copy)]
-struct Layout {
-    values: usize,
-    scales: usize,
-    end: usize,
-}
-
-impl Layout {
-    #[inline(always)]
-    fn of<P: Cached>(hs: usize) -> Layout {
-        let step = size_of::<P::Step>();
-        // Whole cache lines each.
-        let values = (hs.div_ceil(2) * step).next_multiple_of(LINE);
-        let scales = values + BLOCK / 2 * hs.div_ceil(LANES) * step;
-        let scaled = if P::SCALED { 2 * BLOCK * size_of::<f32>() } else { 0 };
-        Layout { values, scales, end: (scales + scaled).next_multiple_of(LINE) }
-    }
-}
-
-/// Bytes of a block of one head of size `hs`: whole cache lines. It must be zero when it is first used.
-pub fn block_bytes<P: Cached>(hs: usize) -> usize {
-    Layout::of::<P>(hs).end
-}
-
-/// Writes the keys and the values of consecutive positions of one head.
-pub struct Append<'a, 'b, P> {
-    /// (rows, HS).
-    pub keys: Rows<'a>,
-    /// (rows, HS).
-    pub values: Rows<'a>,
-    /// How many rows.
-    pub rows: usize,
-    /// The first one's place, counted from the first of `blocks`.
-    pub first: usize,
-    /// The head's blocks that are written.
-    pub blocks: &'a mut [&'b mut [u8]],
-    /// How they hold it.
-    pub cached: PhantomData<P>,
-}
-
-impl<P: Cached> Kernel for Append<'_, '_, P> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let hs = self.keys.columns();
-        let width = hs.next_multiple_of(LANES);
-        let layout = Layout::of::<P>(hs);
-        let ([first, second], gap) = P::PLACES;
-        let step = size_of::<P::Step>() / size_of::<P::Element>();
-        let mut stored = vec![P::Element::zeroed(); hs];
-        for row in 0..self.rows {
-            let (block, slot) = ((self.first + row) / BLOCK, (self.first + row) % BLOCK);
-            let (keys, rest) = self.blocks[block].split_at_mut(layout.values);
-            let (values, scales) = rest.split_at_mut(layout.scales - layout.values);
-            let keys: &mut [P::Element] = bytemuck::cast_slice_mut(keys);
-            let values: &mut [P::Element] = bytemuck::cast_slice_mut(values);
-            let key_scale = P::store(simd, self.keys.row(row), &mut stored);
-            for (channels, step) in stored.chunks(2).zip(keys.chunks_exact_mut(step)) {
-                step[first + gap * slot] = channels[0];
-                if let [_, channel] = channels {
-                    step[second + gap * slot] = *channel;
-                }
-            }
-            let value_scale = P::store(simd, self.values.row(row), &mut stored);
-            let place = if slot % 2 == 0 { first } else { second };
-            let steps = values[slot / 2 * 2 * width..].chunks_exact_mut(step);
-            for (channels, step) in stored.chunks(LANES).zip(steps) {
-                for (lane, &channel) in channels.iter().enumerate() {
-                    step[place + gap * lane] = channel;
-                }
-            }
-            if P::SCALED {
-                let scales: &mut [f32] = bytemuck::cast_slice_mut(scales);
-                (scales[slot], scales[BLOCK + slot]) = (key_scale, value_scale);
-            }
-        }
-    }
-}
 
 /// `out = softmax(scale q k^T, causal) v` for queries of one head of one sequence.
 pub struct Attention<'a, P> {
@@ -233,7 +102,7 @@ impl<P: Cached> Kernel for Attention<'_, P> {
                     P::inputs(simd, self.q.row(first + row), &mut inputs[row * pairs..(row + 1) * pairs]);
             }
             let mut merged = [Merged { max: f32::NEG_INFINITY, sum: 0.0 }; QUERIES];
-            sums.fill(0.0);
+            sums[..count * width].fill(0.0);
             let position = self.position + first;
             for run in 0..=(position + count - 1) / RUN {
                 // Queries before the run see none of it.
@@ -290,61 +159,42 @@ impl<P: Cached> Attention<'_, P> {
             let next = self.blocks.get((run + 1) * RUN / BLOCK + b).map(|block| block.as_ptr());
             *ahead = next.or(behind).unwrap_or(std::ptr::null());
         }
-        let mut weights = [[0.0; RUN]; N];
+        let mut scores = [[0.0; RUN]; N];
         if S::WIDE {
-            self.scores::<S, N, 0, 4, STREAM>(simd, queries, row, blocks, &ahead, &mut weights);
+            self.scores::<S, N, 0, 4, STREAM>(simd, queries, row, blocks, &ahead, &mut scores);
         } else {
-            self.scores::<S, N, 0, 1, STREAM>(simd, queries, row, blocks, &ahead, &mut weights);
-            self.scores::<S, N, 1, 1, STREAM>(simd, queries, row, blocks, &ahead, &mut weights);
-            self.scores::<S, N, 2, 1, STREAM>(simd, queries, row, blocks, &ahead, &mut weights);
-            self.scores::<S, N, 3, 1, STREAM>(simd, queries, row, blocks, &ahead, &mut weights);
+            self.scores::<S, N, 0, 1, STREAM>(simd, queries, row, blocks, &ahead, &mut scores);
+            self.scores::<S, N, 1, 1, STREAM>(simd, queries, row, blocks, &ahead, &mut scores);
+            self.scores::<S, N, 2, 1, STREAM>(simd, queries, row, blocks, &ahead, &mut scores);
+            self.scores::<S, N, 3, 1, STREAM>(simd, queries, row, blocks, &ahead, &mut scores);
         }
-        let mut run_max = [0.0; N];
-        let mut run_sum = [0.0; N];
-        for r in 0..N {
-            weights[r][RUN.min(visible + r)..].fill(f32::NEG_INFINITY);
-            (run_max[r], run_sum[r]) = softmax_run(simd, &mut weights[r]);
-        }
-
-        let mut inputs = [[P::X::zeroed(); RUN / 2]; N];
-        let mut input_scales = [1.0; N];
-        for r in 0..N {
-            if P::SCALED {
-                for (b, block) in blocks.iter().enumerate() {
-                    let scales: &[[f32; BLOCK]] = bytemuck::cast_slice(&block[layout.scales..]);
-                    let weights = &mut weights[r].as_chunks_mut::<LANES>().0[b];
-                    let scaled = simd.mul(simd.load(weights), simd.load(&scales[1]));
-                    simd.store(scaled, weights);
-                }
-                // A scale that was not written may be anything.
-                weights[r][RUN.min(visible + r)..].fill(0.0);
-            }
-            input_scales[r] = P::inputs(simd, &weights[r], &mut inputs[r]);
-        }
+        let of_run = Weights::<P::X, N>::of::<S, P>(simd, &mut scores, visible, blocks, layout);
         let width = sums.len() / N;
         // Whole steps: a chain must not depend on where another query's ends.
         let all_see = visible.min(RUN) / 2 * 2;
-        self.values::<S, N, STREAM>(simd, blocks, &inputs, 0..all_see, &ahead, room);
+        self.values::<S, N, STREAM>(simd, blocks, &of_run.inputs, 0..all_see, &ahead, room);
         // What only the later queries see; a position that a query does not see may not even be multiplied by zero.
         for r in 0..N {
             let more = all_see..RUN.min(visible + r);
-            let room = &mut room[r * width..(r + 1) * width];
-            self.values::<S, 1, false>(simd, blocks, &[inputs[r]], more, &ahead, room);
+            if !more.is_empty() {
+                let room = &mut room[r * width..(r + 1) * width];
+                self.values::<S, 1, false>(simd, blocks, &[of_run.inputs[r]], more, &ahead, room);
+            }
         }
 
         // Both factors of all rows by one exponential: that of the old sums in lane r, of the run's in lane r + 8.
         let mut factors = [0.0; LANES];
         for r in 0..N {
-            let max = if merged[r].max > run_max[r] { merged[r].max } else { run_max[r] };
+            let max = if merged[r].max > of_run.max[r] { merged[r].max } else { of_run.max[r] };
             factors[r] = merged[r].max - max;
-            factors[r + 8] = run_max[r] - max;
+            factors[r + 8] = of_run.max[r] - max;
             merged[r].max = max;
         }
         simd.store(exp_lanes(simd, simd.load(&factors)), &mut factors);
         for r in 0..N {
             let (old, new) = (factors[r], factors[r + 8]);
-            merged[r].sum = merged[r].sum.mul_add(old, run_sum[r] * new);
-            let new = new * input_scales[r];
+            merged[r].sum = merged[r].sum.mul_add(old, of_run.sum[r] * new);
+            let new = new * of_run.scales[r];
             let sums = sums[r * width..(r + 1) * width].as_chunks_mut().0;
             for (sum, value) in sums.iter_mut().zip(room[r * width..].as_chunks().0) {
                 let value = simd.mul(P::finish(simd, P::resume(simd, value)), simd.splat(new));
@@ -508,30 +358,14 @@ impl<P: Cached> Attention<'_, P> {
     }
 }
 
-/// Asks for the cache lines that begin in step `index` from `address` on.
+/// Asks for the cache lines that begin in step `index` from `address` on, where one begins, too.
 #[inline(always)]
 fn ask<S: Simd, T>(simd: S, address: *const u8, index: usize) {
-    let mut offset = (index * size_of::<T>()).next_multiple_of(LINE);
-    while offset < (index + 1) * size_of::<T>() {
+    let offset = index * size_of::<T>();
+    for line in 0..size_of::<T>() / LINE {
+        simd.prefetch_l2(address.wrapping_add(offset + line * LINE));
+    }
+    if size_of::<T>() < LINE && index.is_multiple_of(LINE / size_of::<T>()) {
         simd.prefetch_l2(address.wrapping_add(offset));
-        offset += LINE;
     }
-}
-
-/// Turns a run's scores into `exp(score - max)`, and gives the maximum and the sum.
-#[inline(always)]
-fn softmax_run<S: Simd>(simd: S, weights: &mut [f32; RUN]) -> (f32, f32) {
-    let (lanes, _) = weights.as_chunks_mut::<LANES>();
-    let mut max = simd.load(&lanes[0]);
-    for lanes in &lanes[1..] {
-        max = simd.max(max, simd.load(lanes));
-    }
-    let max = simd.reduce_max(max);
-    let mut sum = simd.splat(0.0);
-    for lanes in lanes {
-        let weight = exp_lanes(simd, simd.sub(simd.load(lanes), simd.splat(max)));
-        simd.store(weight, lanes);
-        sum = simd.add(sum, weight);
-    }
-    (max, simd.reduce_add(sum))
 }

@@ -35,8 +35,10 @@ pub trait Product: Format {
     /// Groups that a pass over many rows takes at most: many, since each cut stores and loads all sums, and few enough
     /// for a panel's piece to stay in the second-level cache beside a tile's inputs.
     const PIECE: usize;
-    /// Cache lines of weights that a step takes, a step being what asks for a line of what is needed next.
+    /// Cache lines of weights that a step takes.
     const STEP_LINES: usize;
+    /// Cache lines of what is needed next that a step asks for.
+    const ASKED_LINES: usize;
 
     /// Rows of the tallest tile whose sums stay in registers, 32 of them where `wide`, else 16.
     fn tallest(wide: bool) -> usize;
@@ -131,9 +133,9 @@ impl<F: Product> Kernel for MatMul<'_, F> {
                 let next = self.w.panel((panel + 1).min(panels.end - 1))[bytes.clone()].as_ptr();
                 for tile in 0..tiles {
                     let rows = self.rows * tile / tiles..self.rows * (tile + 1) / tiles;
-                    // One line a step: the first tiles bring the next piece of weights, the others the next tile's inputs,
-                    // of which all together don't stay in the second-level cache.
-                    let brought = tile * piece.len() / F::STEP_LINES;
+                    // The first tiles bring the next piece of weights, the others the next tile's inputs, of which all
+                    // together don't stay in the second-level cache.
+                    let brought = tile * piece.len() / F::STEP_LINES * F::ASKED_LINES;
                     let ahead = if brought < piece.len() {
                         Ahead { address: next.wrapping_add(brought), lines: usize::MAX, gap: 0 }
                     } else {
@@ -258,13 +260,15 @@ fn epilogue<S: Simd>(
 }
 
 impl Ahead {
-    /// Asks for the next line.
+    /// Asks for the next `lines`, a constant of the format.
     #[inline(always)]
-    fn ask<S: Simd>(&mut self, simd: S, asked: &mut usize) {
-        simd.prefetch_l2(self.address);
-        self.address = self.address.wrapping_add(LINE);
-        *asked += 1;
-        if *asked == self.lines {
+    fn ask<S: Simd>(&mut self, simd: S, lines: usize, asked: &mut usize) {
+        for _ in 0..lines {
+            simd.prefetch_l2(self.address);
+            self.address = self.address.wrapping_add(LINE);
+        }
+        *asked += lines;
+        if *asked >= self.lines {
             (*asked, self.address) = (0, self.address.wrapping_add(self.gap));
         }
     }

@@ -63,6 +63,13 @@ impl<'a, T> Rows<'a, T> {
     }
 }
 
+impl<'a> Rows<'a> {
+    /// Values two by two: the stride must be even, and a row of an odd length have a zero behind it.
+    pub fn pairs(&self) -> Rows<'a, [f32; 2]> {
+        Rows::new(bytemuck::cast_slice(self.data), self.stride / 2, self.columns.div_ceil(2))
+    }
+}
+
 /// The distance between the rows of an activation buffer of `columns`: whole registers, and an odd number of cache
 /// lines, so that the rows of a tile don't fall into the same set of the cache.
 pub fn padded_stride(columns: usize) -> usize {

@@ -3,8 +3,8 @@
 //! A step is two rows of 16 lanes: two inputs of sixteen columns of a weight matrix, two channels of sixteen positions'
 //! keys, or two positions of sixteen channels' values. Narrow types lie in pairs, so that one register holds a step.
 
-use super::round::{exact_pairs, quantised_pairs, rounded_pairs};
-use crate::simd::{LANES, Simd};
+use super::round::{integer_pairs, quantised_pairs, rounded_pairs};
+use crate::simd::{LANES, Simd, load_partial};
 use half::bf16;
 
 /// How steps are held and multiplied.
@@ -40,8 +40,16 @@ pub trait Pairs: Copy + Send + Sync + 'static {
     fn save<S: Simd>(simd: S, sum: Self::Lanes<S>, room: &mut [f32; LANES]);
     /// Takes it out again.
     fn resume<S: Simd>(simd: S, room: &[f32; LANES]) -> Self::Lanes<S>;
+    /// Sixteen inputs of scale 1; integers must fit.
+    fn sixteen<S: Simd>(simd: S, x: S::F32) -> [Self::X; LANES / 2];
     /// Inputs from float32, an odd last one with a zero beside it; gives their scale.
-    fn inputs<S: Simd>(simd: S, x: &[f32], out: &mut [Self::X]) -> f32;
+    #[inline(always)]
+    fn inputs<S: Simd>(simd: S, x: &[f32], out: &mut [Self::X]) -> f32 {
+        for (lanes, out) in x.chunks(LANES).zip(out.chunks_mut(LANES / 2)) {
+            out.copy_from_slice(&Self::sixteen(simd, load_partial(simd, lanes))[..out.len()]);
+        }
+        1.0
+    }
 }
 
 /// float32 steps, one row after the other.
@@ -60,17 +68,36 @@ pub struct Bf16Dots;
 #[derive(Clone, Copy)]
 pub struct Int8;
 
+macro_rules! summed_in_float32 {
+    () => {
+        type Lanes<S: Simd> = S::F32;
+
+        #[inline(always)]
+        fn zero<S: Simd>(simd: S) -> S::F32 {
+            simd.splat(0.0)
+        }
+        #[inline(always)]
+        fn finish<S: Simd>(_: S, sum: S::F32) -> S::F32 {
+            sum
+        }
+        #[inline(always)]
+        fn save<S: Simd>(simd: S, sum: S::F32, room: &mut [f32; LANES]) {
+            simd.store(sum, room);
+        }
+        #[inline(always)]
+        fn resume<S: Simd>(simd: S, room: &[f32; LANES]) -> S::F32 {
+            simd.load(room)
+        }
+    };
+}
+
 impl Pairs for F32 {
     type Step = [[f32; LANES]; 2];
     type X = [f32; 2];
-    type Lanes<S: Simd> = S::F32;
     const TURNS: usize = 2;
     const DOTS: bool = false;
+    summed_in_float32!();
 
-    #[inline(always)]
-    fn zero<S: Simd>(simd: S) -> S::F32 {
-        simd.splat(0.0)
-    }
     #[inline(always)]
     fn lanes<S: Simd>(simd: S, step: &[[f32; LANES]; 2], turn: usize) -> S::F32 {
         simd.load(&step[turn])
@@ -84,34 +111,20 @@ impl Pairs for F32 {
         simd.fma(simd.splat(x[turn]), lanes, sum)
     }
     #[inline(always)]
-    fn finish<S: Simd>(_: S, sum: S::F32) -> S::F32 {
-        sum
-    }
-    #[inline(always)]
-    fn save<S: Simd>(simd: S, sum: S::F32, room: &mut [f32; LANES]) {
-        simd.store(sum, room);
-    }
-    #[inline(always)]
-    fn resume<S: Simd>(simd: S, room: &[f32; LANES]) -> S::F32 {
-        simd.load(room)
-    }
-    #[inline(always)]
-    fn inputs<S: Simd>(_: S, x: &[f32], out: &mut [[f32; 2]]) -> f32 {
-        exact_pairs(x, out)
+    fn sixteen<S: Simd>(simd: S, x: S::F32) -> [[f32; 2]; LANES / 2] {
+        let mut lanes = [0.0; LANES];
+        simd.store(x, &mut lanes);
+        bytemuck::cast(lanes)
     }
 }
 
 impl Pairs for Bf16 {
     type Step = [[bf16; 2]; LANES];
     type X = [f32; 2];
-    type Lanes<S: Simd> = S::F32;
     const TURNS: usize = 2;
     const DOTS: bool = false;
+    summed_in_float32!();
 
-    #[inline(always)]
-    fn zero<S: Simd>(simd: S) -> S::F32 {
-        simd.splat(0.0)
-    }
     #[inline(always)]
     fn lanes<S: Simd>(simd: S, step: &[[bf16; 2]; LANES], turn: usize) -> S::F32 {
         let pairs = simd.load_pairs(step);
@@ -126,34 +139,20 @@ impl Pairs for Bf16 {
         simd.fma(simd.splat(x[turn]), lanes, sum)
     }
     #[inline(always)]
-    fn finish<S: Simd>(_: S, sum: S::F32) -> S::F32 {
-        sum
-    }
-    #[inline(always)]
-    fn save<S: Simd>(simd: S, sum: S::F32, room: &mut [f32; LANES]) {
-        simd.store(sum, room);
-    }
-    #[inline(always)]
-    fn resume<S: Simd>(simd: S, room: &[f32; LANES]) -> S::F32 {
-        simd.load(room)
-    }
-    #[inline(always)]
-    fn inputs<S: Simd>(_: S, x: &[f32], out: &mut [[f32; 2]]) -> f32 {
-        exact_pairs(x, out)
+    fn sixteen<S: Simd>(simd: S, x: S::F32) -> [[f32; 2]; LANES / 2] {
+        let mut lanes = [0.0; LANES];
+        simd.store(x, &mut lanes);
+        bytemuck::cast(lanes)
     }
 }
 
 impl Pairs for Bf16Dots {
     type Step = [[bf16; 2]; LANES];
     type X = [bf16; 2];
-    type Lanes<S: Simd> = S::F32;
     const TURNS: usize = 1;
     const DOTS: bool = true;
+    summed_in_float32!();
 
-    #[inline(always)]
-    fn zero<S: Simd>(simd: S) -> S::F32 {
-        simd.splat(0.0)
-    }
     #[inline(always)]
     fn lanes<S: Simd>(simd: S, step: &[[bf16; 2]; LANES], _: usize) -> S::F32 {
         simd.load_pairs(step)
@@ -167,20 +166,8 @@ impl Pairs for Bf16Dots {
         simd.dot_pairs(sum, lanes, x)
     }
     #[inline(always)]
-    fn finish<S: Simd>(_: S, sum: S::F32) -> S::F32 {
-        sum
-    }
-    #[inline(always)]
-    fn save<S: Simd>(simd: S, sum: S::F32, room: &mut [f32; LANES]) {
-        simd.store(sum, room);
-    }
-    #[inline(always)]
-    fn resume<S: Simd>(simd: S, room: &[f32; LANES]) -> S::F32 {
-        simd.load(room)
-    }
-    #[inline(always)]
-    fn inputs<S: Simd>(simd: S, x: &[f32], out: &mut [[bf16; 2]]) -> f32 {
-        rounded_pairs(simd, x, out)
+    fn sixteen<S: Simd>(simd: S, x: S::F32) -> [[bf16; 2]; LANES / 2] {
+        rounded_pairs(simd, x)
     }
 }
 
@@ -218,6 +205,10 @@ impl Pairs for Int8 {
     #[inline(always)]
     fn resume<S: Simd>(simd: S, room: &[f32; LANES]) -> S::I32 {
         simd.as_i32(simd.load(room))
+    }
+    #[inline(always)]
+    fn sixteen<S: Simd>(simd: S, x: S::F32) -> [[i16; 2]; LANES / 2] {
+        integer_pairs(simd, x)
     }
     #[inline(always)]
     fn inputs<S: Simd>(simd: S, x: &[f32], out: &mut [[i16; 2]]) -> f32 {

@@ -140,17 +140,15 @@ macro_rules! quantised {
                 let (mut scales, mut starts) = (vec![FORBIDDEN; rows * groups], vec![0; rows * sums]);
                 let x = Rows::new(x, k, k);
                 let bytes = bytemuck::cast_slice_mut(&mut values);
-                let (group, sum, rotation) = (Self::GROUP, Self::SUM, 1);
                 let (scales_out, starts_out) = (&mut scales[..], &mut starts[..]);
                 isa.run(QuantiseRows {
                     x,
                     rows,
-                    rotation,
-                    group,
-                    sum,
+                    rotation: 1,
                     values: bytes,
                     scales: scales_out,
                     starts: starts_out,
+                    format: PhantomData::<Self>,
                 });
                 Inputs { rows, k, stride, values, scales, starts, ..Inputs::default() }
             }
@@ -311,6 +309,16 @@ impl<F: Tested> Case<F> {
     }
 }
 
+macro_rules! of_every_format {
+    ($check:ident) => {
+        $check::<F32>();
+        $check::<Bf16>();
+        $check::<Bf16Dots>();
+        $check::<Int8Groups>();
+        $check::<Int4Groups>();
+    };
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -369,11 +377,7 @@ fn shapes_at_the_tiles_borders() {
             }
         }
     }
-    check::<F32>();
-    check::<Bf16>();
-    check::<Bf16Dots>();
-    check::<Int8Groups>();
-    check::<Int4Groups>();
+    of_every_format!(check);
 }
 
 /// More of k than a piece.
@@ -387,11 +391,7 @@ fn several_pieces_of_k() {
             case.check_against_float64(&results);
         }
     }
-    check::<F32>();
-    check::<Bf16>();
-    check::<Bf16Dots>();
-    check::<Int8Groups>();
-    check::<Int4Groups>();
+    of_every_format!(check);
 }
 
 #[test]
@@ -411,11 +411,7 @@ fn a_row_that_is_not_finite_leaves_the_others_alone() {
             }
         }
     }
-    check::<F32>();
-    check::<Bf16>();
-    check::<Bf16Dots>();
-    check::<Int8Groups>();
-    check::<Int4Groups>();
+    of_every_format!(check);
 }
 
 /// A weight that is not finite shows in its column, and nowhere else.
@@ -442,11 +438,7 @@ fn a_weight_that_is_not_finite_leaves_the_other_columns_alone() {
             }
         }
     }
-    check::<F32>();
-    check::<Bf16>();
-    check::<Bf16Dots>();
-    check::<Int8Groups>();
-    check::<Int4Groups>();
+    of_every_format!(check);
 }
 
 #[test]
@@ -464,9 +456,5 @@ fn no_rows_and_no_columns_are_no_work() {
             assert_eq!(out, [7.0; 3 * 40]);
         }
     }
-    check::<F32>();
-    check::<Bf16>();
-    check::<Bf16Dots>();
-    check::<Int8Groups>();
-    check::<Int4Groups>();
+    of_every_format!(check);
 }

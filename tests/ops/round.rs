@@ -2,10 +2,12 @@
 
 use super::*;
 use gpt2rs::ops::Rows;
-use gpt2rs::ops::panels::ZERO;
+use gpt2rs::ops::matmul::Steps;
+use gpt2rs::ops::panels::{Int4Groups, Int8Groups, ZERO};
 use gpt2rs::ops::round::{QuantiseRows, RoundRows};
 use half::bf16;
 use proptest::prelude::*;
+use std::marker::PhantomData;
 
 /// Groups of int8: (rows, K rounded up), (rows, groups), (rows, groups).
 #[derive(Debug, PartialEq)]
@@ -15,23 +17,23 @@ struct Groups {
     starts: Vec<i32>,
 }
 
-fn quantise(x: &[f32], rows: usize, k: usize, group: usize) -> Groups {
-    let groups = k.div_ceil(group);
+fn quantise<F: Steps>(x: &[f32], rows: usize, k: usize) -> Groups {
+    let groups = k.div_ceil(F::GROUP);
+    let sums = F::GROUP / F::SUM;
     let x = spread(x, k, k + 3);
     let on = |isa: Isa| {
-        let (mut values, mut scales) = (vec![99; rows * groups * group], vec![FORBIDDEN; rows * groups]);
-        let mut starts = vec![99; rows * groups];
+        let (mut values, mut scales) = (vec![99; rows * groups * F::GROUP], vec![FORBIDDEN; rows * groups]);
+        let mut starts = vec![99; rows * groups * sums];
         let x = Rows::new(&x, k + 3, k);
         let (values_out, scales_out, starts_out) = (&mut values[..], &mut scales[..], &mut starts[..]);
         isa.run(QuantiseRows {
             x,
             rows,
             rotation: 1,
-            group,
-            sum: group,
             values: values_out,
             scales: scales_out,
             starts: starts_out,
+            format: PhantomData::<F>,
         });
         Groups { values, scales: bits(&scales), starts }
     };
@@ -45,15 +47,18 @@ fn quantise(x: &[f32], rows: usize, k: usize, group: usize) -> Groups {
 
 /// The greatest magnitude becomes 127: half a step, 1% for the roundings of the reciprocal and of the product. Of values
 /// whose scale has no reciprocal nothing is left.
-fn check_quantised(x: &[f32], rows: usize, k: usize, group: usize) {
-    let Groups { values, scales, starts } = quantise(x, rows, k, group);
+fn check_quantised<F: Steps>(x: &[f32], rows: usize, k: usize) {
+    let Groups { values, scales, starts } = quantise::<F>(x, rows, k);
+    let (group, sums) = (F::GROUP, F::GROUP / F::SUM);
     let groups = k.div_ceil(group);
     for (i, values) in values.chunks_exact(group).enumerate() {
         let (row, first) = (i / groups, i % groups * group);
         let x = &x[row * k..][first..k.min(first + group)];
         let scale = f64::from(f32::from_bits(scales[i]));
         assert!(values[x.len()..].iter().all(|&value| value == 0), "past the row's end");
-        assert_eq!(starts[i], -ZERO * values.iter().map(|&value| i32::from(value)).sum::<i32>());
+        for (values, start) in values.chunks_exact(F::SUM).zip(&starts[i * sums..]) {
+            assert_eq!(*start, -ZERO * values.iter().map(|&value| i32::from(value)).sum::<i32>());
+        }
         if x.iter().any(|value| !value.is_finite()) {
             assert!(scale.is_nan());
             continue;
@@ -70,16 +75,18 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn int8_groups(rows in 1usize..=5, k in 1usize..=300, four in 1usize..=8, exponent in -40i32..=38, seed: u64) {
+    fn int8_groups(rows in 1usize..=5, k in 1usize..=300, exponent in -40i32..=38, seed: u64) {
         let x = Random(seed).values(rows * k, 10.0f32.powi(exponent));
-        check_quantised(&x, rows, k, 16 * four);
+        check_quantised::<Int8Groups>(&x, rows, k);
+        check_quantised::<Int4Groups>(&x, rows, k);
     }
 
     #[test]
     fn int8_groups_of_any_bits(k in 1usize..=200, seed: u64) {
         let mut random = Random(seed);
         let x: Vec<f32> = (0..2 * k).map(|_| f32::from_bits(random.bits() as u32)).collect();
-        check_quantised(&x, 2, k, 32);
+        check_quantised::<Int8Groups>(&x, 2, k);
+        check_quantised::<Int4Groups>(&x, 2, k);
     }
 
     #[test]

@@ -31,6 +31,8 @@ const AHEAD_BYTES: usize = 8 << 10;
 pub trait Steps: Format {
     /// Bytes of a step.
     const STEP_BYTES: usize;
+    /// Cache lines that a step asks for: half of those that it takes, so that two tiles bring the next piece.
+    const ASKED: usize = Self::STEP_BYTES / LINE / 2;
     /// Rows of an integer sum: a group, or a part of it that has a scale of its own.
     const SUM: usize;
     /// Rows of the tallest tile of 32 registers, which are the sums of a group, those of all, and weights.
@@ -75,6 +77,7 @@ macro_rules! product {
             const DOTS: bool = true;
             const PIECE: usize = usize::MAX;
             const STEP_LINES: usize = Self::STEP_BYTES / LINE;
+            const ASKED_LINES: usize = Self::ASKED;
 
             /// Of sixteen registers that are half as wide, 3 x 16.
             fn tallest(wide: bool) -> usize {
@@ -187,7 +190,7 @@ fn multiply<S: Simd, F: Steps, const STREAM: bool, const MR: usize, const V0: us
             for step in 0..steps {
                 let bytes = &weights[step * F::STEP_BYTES..][..F::STEP_BYTES];
                 if !STREAM {
-                    ahead.ask(simd, &mut asked);
+                    ahead.ask(simd, F::ASKED, &mut asked);
                 } else if parts > 1 {
                     let steps_before = g * group_steps + part * (F::SUM / 8) + step;
                     let offset = AHEAD_BYTES + steps_before * (F::GROUP_BYTES / group_steps);
