@@ -13,7 +13,9 @@ from .engine import Engine
 from .settings import check_count
 
 if TYPE_CHECKING:
+    from .cuda.availability import Device
     from .cuda.gpu import Gpu
+    from .cuda.model import CudaModel
 
 _DTYPES = ("float32", "bfloat16", "int8", "int4")
 _KV_DTYPES = ("float32", "bfloat16", "int8")
@@ -46,51 +48,33 @@ class Build:
 
     def load(self, config: _core.Config, checkpoint: _core.Checkpoint, stored_dtype: str) -> Engine[Any]:
         """A model with a checkpoint's weights; without a dtype, bfloat16 and packed files stay so."""
-        dtype = self._dtype(stored_dtype)
+        held = self._held(self._dtype(stored_dtype))
 
         def on_gpu(gpu: Gpu) -> Engine[Any]:
-            from .cuda.model import CudaModel
-
-            return CudaModel.load(
-                gpu, config, checkpoint, dtype=dtype, kv_dtype=self.kv_dtype, precision=self.precision
-            )
+            return _cuda_model().load(gpu, config, checkpoint, **held)
 
         def on_cpu() -> Engine[Any]:
-            return _core.Model.load(
-                config,
-                checkpoint,
-                dtype=dtype,
-                kv_dtype=self.kv_dtype,
-                precision=self.precision,
-                n_threads=self.n_threads,
-            )
+            return _core.Model.load(config, checkpoint, **held, n_threads=self.n_threads)
 
         if self.device == "auto" and checkpoint.packed() is not None:
             return on_cpu()
-        return self._placed(config, dtype, on_gpu, on_cpu)
+        return self._placed(config, held["dtype"], on_gpu, on_cpu)
 
     def random(self, config: _core.Config, seed: int) -> Engine[Any]:
         """A model with random weights; float32 without a dtype."""
-        dtype = self._dtype("float32")
+        held = self._held(self._dtype("float32"))
 
         def on_gpu(gpu: Gpu) -> Engine[Any]:
-            from .cuda.model import CudaModel
-
-            return CudaModel.random(
-                gpu, config, seed=seed, dtype=dtype, kv_dtype=self.kv_dtype, precision=self.precision
-            )
+            return _cuda_model().random(gpu, config, seed=seed, **held)
 
         def on_cpu() -> Engine[Any]:
-            return _core.Model.random(
-                config,
-                seed=seed,
-                dtype=dtype,
-                kv_dtype=self.kv_dtype,
-                precision=self.precision,
-                n_threads=self.n_threads,
-            )
+            return _core.Model.random(config, seed=seed, **held, n_threads=self.n_threads)
 
-        return self._placed(config, dtype, on_gpu, on_cpu)
+        return self._placed(config, held["dtype"], on_gpu, on_cpu)
+
+    def _held(self, dtype: str) -> dict[str, Any]:
+        """What both kinds of model take."""
+        return {"dtype": dtype, "kv_dtype": self.kv_dtype, "precision": self.precision}
 
     def _placed(
         self,
@@ -134,7 +118,7 @@ class Build:
                     f"{_one_of(_GPU_DTYPES)}"
                 )
 
-    def _find_gpu(self, ordinal: int) -> Any:
+    def _find_gpu(self, ordinal: int) -> Device:
         from .cuda.availability import Unavailable, device
 
         try:
@@ -156,6 +140,12 @@ class Build:
         if stored_dtype in ("int8", "int4"):
             return stored_dtype
         return "bfloat16" if stored_dtype == "bfloat16" or self.precision == "fast" else "float32"
+
+
+def _cuda_model() -> type[CudaModel]:
+    from .cuda.model import CudaModel
+
+    return CudaModel
 
 
 def _one_of(names: tuple[str, ...]) -> str:

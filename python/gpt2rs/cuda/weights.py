@@ -6,6 +6,8 @@ one of 64.  So odd shapes need nothing of the kernels.
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +18,8 @@ from .. import _core
 from .machine import Buffer, Machine
 
 _GROUP, _TILE = 32, 16
+# That lay out weights.
+_THREADS = 4
 # Most sums that a product leaves to its reader (MAX_PARTIALS of the kernels); groups of K that one has.
 _MAX_SPLITS, _GROUPS_OF_SPLIT = 4, 12
 
@@ -195,22 +199,30 @@ def columns(weight: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def load(machine: Machine, shape: Shape, tensors: Tensors) -> Weights:
-    """Read, lay out and upload all tensors, one at a time; ValueError for a missing one or a wrong shape."""
-    return _Loader(machine, shape, tensors).weights()
+    """Read, lay out and upload all tensors; ValueError for a missing one or a wrong shape.
+
+    Blocks are read and laid out side by side, one a thread: NumPy and the core let go of the GIL.  A thread
+    takes memory for a matrix and its copies.
+    """
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return _Loader(machine, shape, tensors).weights(threads)
 
 
 class _Loader:
     def __init__(self, machine: Machine, shape: Shape, tensors: Tensors) -> None:
         self._machine, self._shape, self._tensors = machine, shape, tensors
         self._n_bytes = 0
+        self._upload_lock = threading.Lock()
 
-    def weights(self) -> Weights:
+    def weights(self, threads: ThreadPoolExecutor) -> Weights:
         config = self._shape.config
-        wte = self._embedding("wte.weight")
-        wpe = self._upload(self._tensors.get("wpe.weight"))
-        blocks = tuple(self._block(f"h.{i}.") for i in range(config.n_layer))
-        ln_f = self._norm("ln_f")
-        lm_head = wte if config.tie_word_embeddings else self._embedding("lm_head.weight")
+        # The largest first: what begins last should be small.
+        embedding = threads.submit(self._embedding, "wte.weight")
+        head = None if config.tie_word_embeddings else threads.submit(self._embedding, "lm_head.weight")
+        blocks = tuple(threads.map(self._block, [f"h.{i}." for i in range(config.n_layer)]))
+        wpe, ln_f = self._vector("wpe.weight"), self._norm("ln_f")
+        wte = embedding.result()
+        lm_head = wte if head is None else head.result()
         return Weights(wte, wpe, blocks, ln_f, lm_head, self._n_bytes)
 
     def _block(self, at: str) -> Block:
@@ -257,9 +269,10 @@ class _Loader:
 
     def _upload(self, values: NDArray[np.generic]) -> Buffer:
         values = np.ascontiguousarray(values)
-        buffer = self._machine.alloc(values.nbytes)
-        self._machine.upload(buffer, values)
-        self._n_bytes += values.nbytes
+        with self._upload_lock:
+            buffer = self._machine.alloc(values.nbytes)
+            self._machine.upload(buffer, values)
+            self._n_bytes += values.nbytes
         return buffer
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_driver import FakeDriver, FakeNvrtc, installed
+from fake_driver import FakeDriver
+from fakes import FakeNvrtc, installed
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ from typing import Any
 
 import cubins
 import fake_driver
+import fakes
 import pytest
-from fake_driver import FakeDriver, FakeNvrtc, Kernel, KernelFault, Memory
+from fake_driver import FakeDriver, Kernel, KernelFault, Memory
+from fakes import FakeNvrtc
 from shim_models import shim_machine
 from test_kernels_compile import has_nvrtc
 
@@ -97,7 +99,7 @@ def compiled_sizes() -> dict[str, tuple[int, ...]] | None:
 
 @contextmanager
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimDriver]:
-    """`fake_driver.installed` with such a driver."""
+    """`fakes.installed` with such a driver."""
     sizes = compiled_sizes()
     names = {source.text: tuple(shim_machine.kernel_names(source.text)) for source in sources()}
     driver = ShimDriver(library(), sizes or {name: () for group in names.values() for name in group})
@@ -116,5 +118,5 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimDriver]:
     with monkeypatch.context() as patched:
         patched.setattr(Gpu, "_launch", noted)
         patched.setattr(FakeNvrtc, "_cubin", cubin)
-        with fake_driver.installed(monkeypatch, driver):
+        with fakes.installed(monkeypatch, driver):
             yield driver

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fake_driver import CUresult, FakeDriver, FakeNvrtc, Gpu
+from fake_driver import CUresult, FakeDriver, Gpu
+from fakes import FakeNvrtc
 
 import gpt2rs
 from golden_cases import CASES

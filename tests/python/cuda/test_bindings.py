@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_driver import FakeDriver, FakeNvrtc
+from fake_driver import FakeDriver
+from fakes import FakeNvrtc
 
 import gpt2rs.cuda
 

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from fake_driver import FakeNvrtc
+from fakes import FakeNvrtc
 
 from gpt2rs.cuda import cache, compiler
 from gpt2rs.cuda.compiler import Source

@@ -457,7 +457,8 @@ class TestTheEnd:
     def test_of_the_process_is_quiet_whatever_is_still_held(self) -> None:
         code = """
             import pytest
-            from fake_driver import Kernel, cubin, installed
+            from fake_driver import Kernel, cubin
+            from fakes import installed
             from gpt2rs.cuda.availability import Device
             from gpt2rs.cuda.gpu import Gpu
             from gpt2rs.cuda.machine import Launch
