@@ -9,6 +9,7 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 
 /// The same of `N` counters side by side, which compilers turn into vector instructions.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)]
 pub fn philox4x32_lanes<const N: usize>(mut counter: [[u32; N]; 4], mut key: [u32; 2]) -> [[u32; N]; 4] {
     for _ in 0..10 {
         for i in 0..N {

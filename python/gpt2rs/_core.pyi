@@ -220,10 +220,10 @@ class Trainer:
         *,
         lr: float,
         step: int,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = ...,
         eps: float = 1e-8,
         weight_decay: float = 0.1,
-        max_norm: float | None = 1.0,
+        max_norm: float | None = ...,
     ) -> float: ...
     def zero_grad(self) -> None: ...
     def names(self) -> list[str]: ...

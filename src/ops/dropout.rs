@@ -69,14 +69,13 @@ impl Mask {
     pub fn factors(&self, index: u64) -> [[f32; LANES]; 4] {
         let Dropout { seed, step, micro_step, .. } = self.dropout;
         let first = index / 4;
-        let mut counter = [[0; LANES]; 4];
-        for lane in 0..LANES {
-            // Sixteen counters in a row share their upper halves.
-            counter[0][lane] = first as u32 + lane as u32;
-            counter[1][lane] = self.place | (first >> 32) as u32;
-            counter[2][lane] = step;
-            counter[3][lane] = micro_step;
-        }
+        // Sixteen counters in a row share their upper halves.
+        let counter = [
+            std::array::from_fn(|lane| first as u32 + lane as u32),
+            [self.place | (first >> 32) as u32; LANES],
+            [step; LANES],
+            [micro_step; LANES],
+        ];
         let words = philox4x32_lanes(counter, [seed as u32, (seed >> 32) as u32]);
         let mut factors = [[0.0; LANES]; 4];
         for i in 0..4 {

@@ -153,7 +153,7 @@ impl Update {
         if !(weight_decay.is_finite() && weight_decay >= 0.0) {
             return wrong("weight_decay", weight_decay, "finite and not below 0");
         }
-        if let Some(norm) = max_norm.filter(|&norm| !(norm > 0.0)) {
+        if let Some(norm) = max_norm.filter(|norm| norm.is_nan() || *norm <= 0.0) {
             return wrong("max_norm", norm, "above 0, or None");
         }
         Ok(())

@@ -245,16 +245,8 @@ fn rounding_to_pairs_exchanges_the_two() {
 }
 
 kernel!(Transpose { rows: &'a [[f32; LANES]; LANES] } -> [[u32; LANES]; LANES], |simd, this| {
-    let mut rows = [simd.splat(0.0); LANES];
-    for i in 0..LANES {
-        rows[i] = simd.load(&this.rows[i]);
-    }
-    let columns = simd.transpose(rows);
-    let mut out = [[0; LANES]; LANES];
-    for i in 0..LANES {
-        out[i] = stored(simd, columns[i]);
-    }
-    out
+    let columns = simd.transpose(this.rows.map(|row| simd.load(&row)));
+    columns.map(|column| stored(simd, column))
 });
 
 #[test]

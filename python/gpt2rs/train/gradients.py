@@ -28,8 +28,8 @@ def loss_and_grads(
     dropout; a bfloat16 model's weights are widened, which is exact.  The same bits whatever the number of
     threads and the instruction set.  Takes three float32 copies of the weights, and the activations.
 
-    Raises ValueError for ids out of the vocabulary, shapes that do not fit, and models held in int8 or int4,
-    whose weights have no gradients.
+    Raises ValueError for ids out of the vocabulary, shapes that do not fit, models held in int8 or int4,
+    whose weights have no gradients, and models on a GPU.
     """
     ids = _ids("inputs", inputs)
     wanted = _ids("targets", targets)
@@ -41,6 +41,8 @@ def loss_and_grads(
     if n_tokens > model.config.n_ctx:
         n_ctx = model.config.n_ctx
         raise ValueError(f"inputs have {n_tokens} tokens a sequence; the model has {n_ctx} positions (n_ctx)")
+    if not isinstance(model._core, _core.Model):
+        raise ValueError(f"the model is on {model.device}; gradients are computed on the CPU")
     trainer = _core.Trainer.of_model(model._core, batch_size=batch_size, n_tokens=n_tokens)
     loss = trainer.accumulate(ids, wanted, step=0, micro_step=0, scale=1.0)
     return loss, {name: trainer.tensor("grad", name) for name in trainer.names()}
