@@ -279,15 +279,13 @@ fn epilogue<S: Simd>(
 }
 
 impl Ahead {
-    /// Asks for the next `lines`, a constant of the format.
+    /// Asks for the next line.
     #[inline(always)]
-    fn ask<S: Simd>(&mut self, simd: S, lines: usize, asked: &mut usize) {
-        for _ in 0..lines {
-            simd.prefetch_l2(self.address);
-            self.address = self.address.wrapping_add(LINE);
-        }
-        *asked += lines;
-        if *asked >= self.lines {
+    fn ask<S: Simd>(&mut self, simd: S, asked: &mut usize) {
+        simd.prefetch_l2(self.address);
+        self.address = self.address.wrapping_add(LINE);
+        *asked += 1;
+        if *asked == self.lines {
             (*asked, self.address) = (0, self.address.wrapping_add(self.gap));
         }
     }

@@ -21,16 +21,13 @@ impl Floats for Bf16 {
 }
 impl Floats for Bf16Dots {}
 
-/// Cache lines that a step asks for; more, or a number that LLVM does not see, costs the sums their registers.
-const ASKED_LINES: usize = 1;
-
 impl<P: Floats> Product for P {
     /// (rows, K / 2).
     type Inputs<'a> = Rows<'a, P::X>;
     const DOTS: bool = P::DOTS;
     const PIECE: usize = 512;
     const STEP_LINES: usize = P::GROUP_BYTES / LINE;
-    const ASKED_LINES: usize = ASKED_LINES;
+    const ASKED_LINES: usize = 1;
 
     /// Of sixteen registers that are half as wide, 6 x 16, or 3 x 32 for few rows.
     fn tallest(wide: bool) -> usize {
@@ -124,7 +121,7 @@ fn multiply<S: Simd, P: Floats, const STREAM: bool, const MR: usize, const V0: u
                 simd.prefetch(ahead.address.wrapping_add(k * P::GROUP_BYTES + line * LINE));
             }
         } else {
-            ahead.ask(simd, ASKED_LINES, &mut asked);
+            ahead.ask(simd, &mut asked);
         }
         for turn in 0..P::TURNS {
             let mut lanes = [P::zero(simd); NV];

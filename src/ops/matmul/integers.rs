@@ -190,7 +190,9 @@ fn multiply<S: Simd, F: Steps, const STREAM: bool, const MR: usize, const V0: us
             for step in 0..steps {
                 let bytes = &weights[step * F::STEP_BYTES..][..F::STEP_BYTES];
                 if !STREAM {
-                    ahead.ask(simd, F::ASKED, &mut asked);
+                    for _ in 0..F::ASKED {
+                        ahead.ask(simd, &mut asked);
+                    }
                 } else if parts > 1 {
                     let steps_before = g * group_steps + part * (F::SUM / 8) + step;
                     let offset = AHEAD_BYTES + steps_before * (F::GROUP_BYTES / group_steps);
