@@ -1,6 +1,7 @@
 //! Logits and hidden states of the reference cases, computed by Hugging Face transformers in float64
 //! (`tests/golden/make_golden.py`).
 
+use cases::CASES;
 use gpt2rs::checkpoint::Checkpoint;
 use gpt2rs::config::{Config, Precision};
 use gpt2rs::model::{Model, Options};
@@ -8,23 +9,9 @@ use gpt2rs::session;
 use gpt2rs::simd::Isa;
 use gpt2rs::weights::{Dtype, Origin};
 use npz::Array;
-use std::fs;
-use std::path::{Path, PathBuf};
 
+mod cases;
 mod npz;
-
-/// Cases that are safetensors files with Hugging Face's names.
-const CASES: [&str; 9] = [
-    "plain",
-    "odd_shapes",
-    "untied_relu_layer_scaled",
-    "unscaled_attention",
-    "published_names",
-    "bfloat16",
-    "float16_sharded",
-    "no_blocks",
-    "one_wide_head",
-];
 
 struct Case {
     name: &'static str,
@@ -40,18 +27,12 @@ struct Case {
 
 impl Case {
     fn open(name: &'static str) -> Case {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases").join(name);
-        let mut files: Vec<PathBuf> = fs::read_dir(&folder)
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
-            .filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
-            .collect();
-        files.sort();
-        let expected = folder.join("expected.npz");
+        let (config, checkpoint) = cases::open(name);
+        let expected = cases::folder(name).join("expected.npz");
         Case {
             name,
-            config: Config::from_json(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap(),
-            checkpoint: Checkpoint::open_safetensors(&files).unwrap(),
+            config,
+            checkpoint,
             input_ids: Array::read(&expected, "input_ids", "<i8"),
             logits: Array::read(&expected, "logits", "<f8"),
             hidden: Array::read(&expected, "hidden", "<f8"),

@@ -1,5 +1,6 @@
 //! Packed files: the same bits as the model they were made of, and a clear error for each that lies.
 
+use cases::CASES;
 use gpt2rs::checkpoint::Checkpoint;
 use gpt2rs::config::Config;
 use gpt2rs::error::{Error, Result};
@@ -15,38 +16,19 @@ use proptest::sample::Index;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use tempfile::TempDir;
 
-const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::BF16, Dtype::Int8, Dtype::Int4];
-/// Tied and untied heads, odd sizes, no blocks, and each type that files are stored in.
-const CASES: [&str; 9] = [
-    "plain",
-    "odd_shapes",
-    "untied_relu_layer_scaled",
-    "unscaled_attention",
-    "published_names",
-    "bfloat16",
-    "float16_sharded",
-    "no_blocks",
-    "one_wide_head",
-];
+mod cases;
 
+const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::BF16, Dtype::Int8, Dtype::Int4];
 fn options(dtype: Dtype) -> Options {
     Options { dtype, n_threads: Some(2), ..Options::default() }
 }
 
 /// The model of a reference case, packed in memory.
 fn case(name: &str, dtype: Dtype) -> Model {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases").join(name);
-    let mut files: Vec<PathBuf> = fs::read_dir(&folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
-        .collect();
-    files.sort();
-    let config = Config::from_json(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
-    let checkpoint = Checkpoint::open_safetensors(&files).unwrap();
+    let (config, checkpoint) = cases::open(name);
     Model::new(config, Origin::Checkpoint(&checkpoint), options(dtype)).unwrap()
 }
 

@@ -7,8 +7,7 @@ use gpt2rs::checkpoint::Checkpoint;
 use gpt2rs::config::Config;
 use gpt2rs::train::Update;
 use gpt2rs::weights::Origin;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 pub const CASES: [&str; 2] = ["training_plain", "training_odd"];
 
@@ -22,14 +21,9 @@ pub struct Case {
 
 impl Case {
     pub fn open(name: &str) -> Case {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases").join(name);
-        let expected = folder.join("expected.npz");
-        Case {
-            config: Config::from_json(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap(),
-            checkpoint: Checkpoint::open_safetensors(&[folder.join("model.safetensors")]).unwrap(),
-            batches: Array::read(&expected, "batches", "<i8"),
-            expected,
-        }
+        let (config, checkpoint) = cases::open(name);
+        let expected = cases::folder(name).join("expected.npz");
+        Case { config, checkpoint, batches: Array::read(&expected, "batches", "<i8"), expected }
     }
 
     pub fn options(&self) -> Options {

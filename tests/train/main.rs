@@ -4,6 +4,8 @@ use gpt2rs::simd::Isa;
 use gpt2rs::train::{Batch, Kind, Options, Pass, Trainer};
 
 mod bits;
+#[path = "../cases/mod.rs"]
+mod cases;
 mod golden;
 mod model;
 #[path = "../npz/mod.rs"]
