@@ -339,7 +339,7 @@ impl<T> Drop for PerProcess<T> {
 /// (affinity and cgroup quota), physical cores only, and one for each [`BYTES_PER_THREAD`].
 pub fn default_threads(bytes: usize) -> usize {
     /// Below this share of the weights, a thread waits at barriers longer than it reads.
-    const BYTES_PER_THREAD: usize = 8 << 20;
+    const BYTES_PER_THREAD: usize = 2 << 20;
     let usable = thread::available_parallelism().map_or(1, usize::from);
     usable.min(num_cpus::get_physical()).min(bytes / BYTES_PER_THREAD).max(1)
 }
