@@ -72,10 +72,11 @@ def pieces(span: Span, characters: int = PIECE_CHARACTERS) -> Iterator[Piece]:
     pending, opens = "", True
     for text in _decoded(span):
         pending += text
-        while (at := pending.find(SEPARATOR)) >= 0:
-            if not _is_blank(pending[:at], opens):
-                yield Piece(pending[:at], opens)
-            pending, opens = pending[at + len(SEPARATOR) :], True
+        *ended, pending = pending.split(SEPARATOR)
+        for document in ended:
+            if not _is_blank(document, opens):
+                yield Piece(document, opens)
+            opens = True
         while len(pending) > characters + len(SEPARATOR):
             at = _last_cut(pending, characters)
             yield Piece(pending[:at], opens)

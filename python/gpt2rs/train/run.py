@@ -17,9 +17,9 @@ from .cost import flops_per_token
 from .documents import SEPARATOR
 from .durable import only_one, sweep, write_text
 from .evaluation import HeldOut
-from .events import Accumulated, Callback, Evaluated, Event, Finished, Sampled, Saved, Started
+from .events import Accumulated, Callback, Evaluated, Event, Finished, Sampled, Saved, Started, Step
 from .log import Log
-from .run_folder import Position, RunFolder
+from .run_folder import Position, RunFolder, read_position
 from .settings_file import toml
 from .sharding import Progress
 
@@ -49,10 +49,7 @@ class Run:
         if settings.out is None:
             raise ValueError("out is None; a run needs a folder to write into")
         self._folder = RunFolder(Path(settings.out).expanduser())
-        if not trainer.resumed and (self._folder.settings.exists() or self._folder.checkpoints()):
-            raise FileExistsError(
-                f"{self._folder.path} has a run already; go on with it (--resume), or take another folder"
-            )
+        self._check_folder()
         train, held = open_corpus(settings, trainer.vocabulary, trainer.config.n_vocab, progress)
         self._train_tokens, self._val_tokens = len(train), len(held)
         self._batches = Batches(train, trainer.n_tokens, trainer.n_sequences, settings.seed)
@@ -73,6 +70,8 @@ class Run:
         trainer = self._trainer
         self._folder.path.mkdir(parents=True, exist_ok=True)
         with only_one(self._folder.lock):
+            # Once more: another process may have had the folder while the data was read.
+            self._check_folder()
             self._open_folder()
             trainer.stopping = False
             trainer.on_accumulated = self._accumulated
@@ -91,6 +90,19 @@ class Run:
             finally:
                 trainer.interrupts.leave()
                 self._finish(reason)
+
+    def _check_folder(self) -> None:
+        """Errors where the folder's run is not the trainer's, at the place where the trainer is."""
+        folder, trainer = self._folder, self._trainer
+        if not trainer.resumed:
+            if folder.settings.exists() or folder.checkpoints():
+                raise FileExistsError(
+                    f"{folder.path} has a run already; go on with it (--resume), or take another folder"
+                )
+            return
+        last = folder.last()
+        if (read_position(last) if last else None) != trainer.position:
+            raise RuntimeError(f"the run in {folder.path} went on elsewhere in the meantime; resume it again")
 
     def _open_folder(self) -> None:
         sweep(self._folder.path)

@@ -1,6 +1,6 @@
 """The folder of a run: its settings, its log, and its checkpoints, of which the last and the best stay.
 
-settings.toml    how the run was started
+settings.toml    how the run was started, or last gone on with
 log.jsonl        what happened, a line each
 step-001000/     a checkpoint: config.json, model.safetensors, the tokenizer's files; beside them
                  optimizer.safetensors (AdamW's moments) and position.json (where the run was)
@@ -37,8 +37,8 @@ class Position:
     """Where a run is: with the weights, the moments and the settings, all that it needs to go on.
 
     step: how many were made.  The order of the data and the dropout masks are functions of the seed, which
-    is a setting, and of it.  data: a digest of the tokens that are learned from.  seconds: of training.  evaluated, sampled:
-    whether what was due after this step is done.
+    is a setting, and of it.  data: a digest of the tokens that are learned from.  seconds: of training.
+    evaluated, sampled: whether what was due after this step is done.
     """
 
     step: int
@@ -49,6 +49,17 @@ class Position:
     evaluated: bool
     sampled: bool
     format: int = _FORMAT
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "best_step": (int, type(None)),
+    "best_val_loss": (float, type(None)),
+    "data": (str,),
+    "seconds": (float, int),
+    "evaluated": (bool,),
+    "sampled": (bool,),
+}
 
 
 class RunFolder:
@@ -139,11 +150,16 @@ def read_position(folder: Path) -> Position:
     """Where the run was when it wrote a checkpoint; ValueError for a file of another program or version."""
     path = folder / "position.json"
     try:
-        position = Position(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.get("format") != _FORMAT:
+            raise ValueError(f"format {fields.get('format')}, expected {_FORMAT}")
+        position = Position(**fields)
+        for field, types in _TYPES.items():
+            value = getattr(position, field)
+            if type(value) not in types:
+                raise ValueError(f"{field} is {value!r}")
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a position of a run: {error}") from None
-    if position.format != _FORMAT:
-        raise ValueError(f"{path}: format {position.format}, expected {_FORMAT}")
     return position
 
 

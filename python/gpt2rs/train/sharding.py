@@ -83,9 +83,10 @@ def _kept(folder: Path) -> list[Ids] | None:
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         shards = [open_tokens(folder / name) for name in about["shards"]]
+        n_tokens = about["n_tokens"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return shards if sum(map(len, shards)) == about["n_tokens"] else None
+    return shards if sum(map(len, shards)) == n_tokens else None
 
 
 def _write(spans: Sequence[Span], vocabulary: Vocabulary, folder: Path, progress: Progress) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Trainer:
         step has; `n_steps` how many steps were made.
 
         Raises ValueError and FileNotFoundError for settings that don't go together, and for files that are
-        malformed or missing, MemoryError where the memory plan does not fit.
+        malformed or missing, RuntimeError where the memory plan does not fit.
         """
         self.settings = settings
         start = go_on(settings) if _go_on else begin(settings)

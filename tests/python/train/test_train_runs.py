@@ -35,6 +35,7 @@ from gpt2rs.train import (
 from gpt2rs.train.evaluation import HeldOut
 from gpt2rs.train.log import read_log
 from gpt2rs.train.run_folder import RunFolder
+from gpt2rs.train.tensor_file import read_tensors
 
 TOLD = ("step", "evaluated", "sampled")
 COMMAND = [sys.executable, "-m", "gpt2rs.cli"]
@@ -364,6 +365,46 @@ class TestResume:
         path.write_bytes(path.read_bytes()[:-50])
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
             Trainer.resume(small["out"])
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("step", "8"), ("step", None), ("best_val_loss", [1]), ("data", 3), ("sampled", 1), ("format", 1)],
+    )
+    def test_a_position_of_other_types_is_a_clear_error(
+        self, small: dict[str, Any], field: str, value: Any
+    ) -> None:
+        Trainer(TrainSettings(**small)).fit([])
+        path = Path(small["out"]) / "last" / "position.json"
+        for content in ({**json.loads(path.read_text()), field: value}, [value], value):
+            path.write_text(json.dumps(content))
+            with pytest.raises(ValueError, match=r"position\.json: not a position of a run"):
+                Trainer.resume(small["out"])
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
+            {"dtype": "I32", "shape": [2], "data_offsets": [0, 8]},
+            {"dtype": "F32", "shape": [2], "data_offsets": [0, 16]},
+            {"dtype": "F32", "shape": [2], "data_offsets": None},
+            {"dtype": "F32", "shape": [2], "data_offsets": ["a", "b"]},
+            {"dtype": "F32", "shape": [2]},
+            [],
+        ],
+    )
+    def test_a_damaged_header_is_a_clear_error(self, tmp_path: Path, entry: Any) -> None:
+        path = tmp_path / "optimizer.safetensors"
+        header = json.dumps({"a": entry}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+        with pytest.raises(ValueError, match=r"optimizer\.safetensors: "):
+            read_tensors(path, {"a": (2,)})
+
+    def test_a_trainer_that_another_overtook_is_refused(self, small: dict[str, Any]) -> None:
+        Trainer(TrainSettings(**small)).fit([])
+        behind = Trainer.resume(small["out"], steps=14)
+        Trainer.resume(small["out"], steps=13).fit([])
+        with pytest.raises(RuntimeError, match="went on elsewhere in the meantime"):
+            behind.fit([])
 
 
 class TestInterrupted:
