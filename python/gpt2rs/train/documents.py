@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 SEPARATOR = "<|endoftext|>"
 PIECE_CHARACTERS = 1 << 20
-_READ_BYTES = 1 << 20
+READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _decoded(span: Span) -> Iterator[str]:
     with span.path.open("rb") as file:
         file.seek(at)
         while at < span.end:
-            data = file.read(min(_READ_BYTES, span.end - at))
+            data = file.read(min(READ_BYTES, span.end - at))
             if not data:
                 raise ValueError(f"{span.path}: it became shorter while it was read")
             held = len(decoder.getstate()[0])

@@ -53,8 +53,8 @@ def remove_folder(folder: Path) -> None:
 
 
 @contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Hold the file `path`, made if need be; RuntimeError while another process does.
+def only_one(path: Path, *, waits: bool = False) -> Iterator[None]:
+    """Hold the file `path`, made if need be; RuntimeError while another process does, unless it `waits`.
 
     The system lets go of it when a process ends, however it does; without such locks nothing is held.
     """
@@ -65,7 +65,7 @@ def only_one(path: Path) -> Iterator[None]:
         return
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             raise RuntimeError(f"another process is training in {path.parent}") from None
         yield
