@@ -79,7 +79,11 @@ impl Trainer {
         options.check(&config)?;
         let isa = options.isa.map_or_else(Isa::from_env, Ok)?;
         let tensors = Tensors::new(&config, origin)?;
-        let parameters = Parameters::new(&config, &tensors, options.biases);
+        let biases = match origin {
+            Origin::Checkpoint(_) => Biases::All,
+            Origin::Random { .. } => options.biases,
+        };
+        let parameters = Parameters::new(&config, &tensors, biases);
         let mut weights = Floats::new(parameters.len)?;
         in_default_mode(|| parameters.read(&tensors, weights.get_mut()))?;
         let (size, precision) = (Size::of(&options), options.precision);
