@@ -422,8 +422,8 @@ pub enum Error {
         /// Where they begin.
         offset: u64,
     },
-    /// The weights do not fit into memory.
-    #[error("no memory for {bytes} bytes of weights: {source}")]
+    /// Weights, or what a trainer computes with, do not fit into memory.
+    #[error("no memory for {bytes} bytes: {source}")]
     OutOfMemory {
         /// What is needed.
         bytes: usize,

@@ -33,13 +33,13 @@ pub fn memory_plan(config: &Config, options: &Options) -> Result<Vec<(&'static s
     options.check(config)?;
     let tensors = Tensors::new(config, &Origin::Random { seed: 0 })?;
     let len = Parameters::new(config, &tensors, options.biases).len;
-    let n_threads = options.n_threads.unwrap_or_else(|| threads_for(len));
+    let n_threads = options.n_threads.unwrap_or_else(all_threads);
     Ok(Size::of(options).plan(config, len, n_threads))
 }
 
-/// Threads that help to train this many parameters.
-fn threads_for(parameters: usize) -> usize {
-    default_threads(parameters * size_of::<f32>())
+/// As many as there are cores: a step's products have thousands of rows, enough for all whatever the model's size.
+fn all_threads() -> usize {
+    default_threads(usize::MAX)
 }
 
 /// The arrays of a run that each parameter has a value in.
@@ -79,11 +79,15 @@ impl Trainer {
         options.check(&config)?;
         let isa = options.isa.map_or_else(Isa::from_env, Ok)?;
         let tensors = Tensors::new(&config, origin)?;
-        let parameters = Parameters::new(&config, &tensors, options.biases);
+        let biases = match origin {
+            Origin::Checkpoint(_) => Biases::All,
+            Origin::Random { .. } => options.biases,
+        };
+        let parameters = Parameters::new(&config, &tensors, biases);
         let mut weights = Floats::new(parameters.len)?;
         in_default_mode(|| parameters.read(&tensors, weights.get_mut()))?;
         let (size, precision) = (Size::of(&options), options.precision);
-        let n_threads = options.n_threads.unwrap_or_else(|| threads_for(parameters.len));
+        let n_threads = options.n_threads.unwrap_or_else(all_threads);
         let workers = Workers::new(isa, precision, n_threads, size, &config)?;
         let for_children = config.clone();
         let workers = PerProcess::new(workers, move || {

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 SEPARATOR = "<|endoftext|>"
 PIECE_CHARACTERS = 1 << 20
-_READ_BYTES = 1 << 20
+READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,11 @@ def pieces(span: Span, characters: int = PIECE_CHARACTERS) -> Iterator[Piece]:
     pending, opens = "", True
     for text in _decoded(span):
         pending += text
-        while (at := pending.find(SEPARATOR)) >= 0:
-            if not _is_blank(pending[:at], opens):
-                yield Piece(pending[:at], opens)
-            pending, opens = pending[at + len(SEPARATOR) :], True
+        *ended, pending = pending.split(SEPARATOR)
+        for document in ended:
+            if not _is_blank(document, opens):
+                yield Piece(document, opens)
+            opens = True
         while len(pending) > characters + len(SEPARATOR):
             at = _last_cut(pending, characters)
             yield Piece(pending[:at], opens)
@@ -102,7 +103,7 @@ def _decoded(span: Span) -> Iterator[str]:
     with span.path.open("rb") as file:
         file.seek(at)
         while at < span.end:
-            data = file.read(min(_READ_BYTES, span.end - at))
+            data = file.read(min(READ_BYTES, span.end - at))
             if not data:
                 raise ValueError(f"{span.path}: it became shorter while it was read")
             held = len(decoder.getstate()[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` at the end; an exception leaves nothing of it."""
+    """A folder to fill, which replaces `target` at the end; an exception leaves nothing of it."""
     unfinished = target.with_name(UNFINISHED + target.name)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -34,6 +35,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         for path in unfinished.iterdir():
             _sync(path)
         _sync(unfinished)
+        if target.exists():
+            remove_folder(target)
         unfinished.rename(target)
         _sync(target.parent)
     except BaseException:
@@ -43,15 +46,15 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder; one that is half removed has another name."""
-    leaving = folder.with_name(UNFINISHED + folder.name)
+    leaving = folder.with_name(f"{UNFINISHED}old-{folder.name}")
     shutil.rmtree(leaving, ignore_errors=True)
     folder.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
 
 
 @contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Hold the file `path`, made if need be; RuntimeError while another process does.
+def only_one(path: Path, *, waits: bool = False) -> Iterator[None]:
+    """Hold the file `path`, made if need be; RuntimeError while another process does, unless it `waits`.
 
     The system lets go of it when a process ends, however it does; without such locks nothing is held.
     """
@@ -62,7 +65,7 @@ def only_one(path: Path) -> Iterator[None]:
         return
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             raise RuntimeError(f"another process is training in {path.parent}") from None
         yield
@@ -74,8 +77,13 @@ def link(name: Path, target: Path) -> None:
     beside.unlink(missing_ok=True)
     try:
         beside.symlink_to(target.name, target_is_directory=True)
-    except (OSError, NotImplementedError):
+    except NotImplementedError:
         return
+    except OSError as error:
+        # Windows gives the right to make links to few.
+        if error.errno in (errno.EPERM, errno.ENOTSUP) or getattr(error, "winerror", None) == 1314:
+            return
+        raise
     beside.replace(name)
 
 

@@ -13,8 +13,8 @@ class Started:
     """A run begins, or goes on at `step`.
 
     settings: those that are not at their default.  train_tokens, val_tokens: of the data.  n_threads,
-    memory: threads, and bytes by what they are for, of the core.  flops_per_token, peak_gflops: what
-    `Step.peak_share` is made of; both 0 where the peak was not measured.
+    memory: threads, and bytes by what they are for, of the core.  flops_per_token, peak_gflops: the work
+    of a token and the machine's peak, of which a step's rate is a share.
     """
 
     step: int

@@ -15,18 +15,24 @@ from .events import Event
 class Log:
     """A callback that appends each event to a file, as {"event": its type, ...its fields}."""
 
-    def __init__(self, path: Path, *, step: int) -> None:
-        """Go on after `step` steps: what the file has of later ones, made again now, is dropped."""
+    def __init__(self, path: Path, *, step: int | None) -> None:
+        """Go on after `step` steps: what the file has of later ones, made again now, is dropped.
+
+        None: begin, and drop all.
+        """
         self._path = path
         if path.exists():
-            kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step]
-            durable.write_text(path, "".join(kept) if step else "")
+            kept = [entry for entry in read_log(path) if step is not None and entry["step"] <= step]
+            durable.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def __call__(self, event: Event) -> None:
         """Append one event; OSError where the disk is full."""
         line = json.dumps({"event": type(event).__name__.lower(), **asdict(event)}, default=str)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise type(error)(error.errno, f"cannot write the log {self._path}: {error.strerror}") from error
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:

@@ -17,9 +17,9 @@ from .cost import flops_per_token
 from .documents import SEPARATOR
 from .durable import only_one, sweep, write_text
 from .evaluation import HeldOut
-from .events import Accumulated, Callback, Evaluated, Event, Finished, Sampled, Saved, Started
+from .events import Accumulated, Callback, Evaluated, Event, Finished, Sampled, Saved, Started, Step
 from .log import Log
-from .run_folder import Position, RunFolder
+from .run_folder import Position, RunFolder, read_position
 from .settings_file import toml
 from .sharding import Progress
 
@@ -49,10 +49,7 @@ class Run:
         if settings.out is None:
             raise ValueError("out is None; a run needs a folder to write into")
         self._folder = RunFolder(Path(settings.out).expanduser())
-        if not trainer.resumed and (self._folder.settings.exists() or self._folder.checkpoints()):
-            raise FileExistsError(
-                f"{self._folder.path} has a run already; go on with it (--resume), or take another folder"
-            )
+        self._check_folder()
         train, held = open_corpus(settings, trainer.vocabulary, trainer.config.n_vocab, progress)
         self._train_tokens, self._val_tokens = len(train), len(held)
         self._batches = Batches(train, trainer.n_tokens, trainer.n_sequences, settings.seed)
@@ -65,16 +62,20 @@ class Run:
         self._best_step = before.best_step if before else None
         self._best = before.best_val_loss if before else None
         self._seconds = before.seconds if before else 0.0
-        self._saved = before.step if before else None
+        self._evaluated = before.evaluated if before else False
+        self._sampled = before.sampled if before else False
 
     def run(self) -> None:
         """All of it, with the folder to itself, and with Ctrl-C taken over."""
         trainer = self._trainer
         self._folder.path.mkdir(parents=True, exist_ok=True)
         with only_one(self._folder.lock):
+            # Once more: another process may have had the folder while the data was read.
+            self._check_folder()
             self._open_folder()
             trainer.stopping = False
             trainer.on_accumulated = self._accumulated
+            trainer.on_step = self._made
             trainer.interrupts.listen()
             reason = "failed"
             try:
@@ -90,10 +91,26 @@ class Run:
                 trainer.interrupts.leave()
                 self._finish(reason)
 
+    def _check_folder(self) -> None:
+        """Errors where the folder's run is not the trainer's, at the place where the trainer is."""
+        folder, trainer = self._folder, self._trainer
+        if not trainer.resumed:
+            if folder.settings.exists() or folder.checkpoints():
+                raise FileExistsError(
+                    f"{folder.path} has a run already; go on with it (--resume), or take another folder"
+                )
+            return
+        last = folder.last()
+        if (read_position(last) if last else None) != trainer.position:
+            raise RuntimeError(f"the run in {folder.path} went on elsewhere in the meantime; resume it again")
+
     def _open_folder(self) -> None:
         sweep(self._folder.path)
         write_text(self._folder.settings, toml(self._settings))
-        self._log = Log(self._folder.log, step=self._trainer.n_steps)
+        n_steps, position = self._trainer.n_steps, self._trainer.position
+        self._log = Log(self._folder.log, step=n_steps if n_steps or position else None)
+        if position is not None:
+            self._folder.tidy(position)
         self._trainer.resumed = True
 
     def _checked_prompt(self) -> str | None:
@@ -115,36 +132,48 @@ class Run:
         """Make the steps that are left; returns why it ended."""
         trainer, settings = self._trainer, self._settings
         self._tell(self._started())
-        if trainer.n_steps == 0:
-            self._look(is_end=False)
+        # At the beginning, or where an interruption came before it.
+        self._look()
         while trainer.n_steps < settings.steps and not trainer.stopping:
-            if trainer.interrupts.pending:
-                raise KeyboardInterrupt
+            self._heed()
             inputs, targets = self._batches.batch(trainer.n_steps)
-            step = trainer.step(inputs, targets)
-            self._seconds += step.seconds
-            self._tell(step)
-            is_end = trainer.n_steps == settings.steps
-            is_best = self._look(is_end)
-            if is_best or is_end or self._is_due(settings.save_every):
-                self._save()
+            self._call(trainer.step(inputs, targets))
+            self._heed()
+            self._look()
         self._save()
         return "done" if trainer.n_steps >= settings.steps else "stopped"
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self._trainer.n_steps % every == 0
 
-    def _look(self, is_end: bool) -> bool:
-        """Measure and sample where it is time; returns whether the held-out loss is the best so far."""
-        settings = self._settings
-        is_best = False
-        if self._held_out and settings.eval_every and (is_end or self._is_due(settings.eval_every)):
-            is_best = self._evaluate()
-        if self._prompt and (is_end or self._is_due(settings.sample_every)):
-            self._sample(self._prompt)
-        return is_best
+    def _heed(self) -> None:
+        """Act on a signal that came while signals were held."""
+        if self._trainer.interrupts.pending:
+            raise KeyboardInterrupt
 
-    def _evaluate(self) -> bool:
+    def _made(self, step: Step) -> None:
+        """A step was made; signals are held."""
+        self._seconds += step.seconds
+        self._evaluated = self._sampled = False
+        self._log(step)
+
+    def _look(self) -> None:
+        """Measure, sample and save, each where it is time and was not done after this step."""
+        settings, n_steps = self._settings, self._trainer.n_steps
+        is_end = n_steps == settings.steps
+        if not self._evaluated:
+            if self._held_out and settings.eval_every and (is_end or self._is_due(settings.eval_every)):
+                self._evaluate()
+            self._evaluated = True
+        if not self._sampled:
+            if self._prompt and (is_end or self._is_due(settings.sample_every)):
+                self._sample(self._prompt)
+            self._sampled = True
+        is_best = self._best_step == n_steps
+        if n_steps and (is_best or is_end or self._is_due(settings.save_every)):
+            self._save()
+
+    def _evaluate(self) -> None:
         trainer = self._trainer
         began = time.perf_counter()
         found = self._held_out.loss(trainer.core, trainer.vocabulary)
@@ -152,19 +181,14 @@ class Run:
             raise Diverged(f"the held-out loss after step {trainer.n_steps}", found.loss)
         # Of a model that has learned nothing there is no best.
         is_best = trainer.n_steps > 0 and (self._best is None or found.loss < self._best)
-        if is_best:
-            self._best, self._best_step = found.loss, trainer.n_steps
-        self._tell(
-            Evaluated(
-                trainer.n_steps,
-                found.loss,
-                found.per_character,
-                found.tokens,
-                time.perf_counter() - began,
-                is_best,
-            )
-        )
-        return is_best
+        seconds = time.perf_counter() - began
+        event = Evaluated(trainer.n_steps, found.loss, found.per_character, found.tokens, seconds, is_best)
+        with trainer.interrupts.held():
+            if is_best:
+                self._best, self._best_step = found.loss, trainer.n_steps
+            self._evaluated = True
+            self._log(event)
+        self._call(event)
 
     def _sample(self, prompt: str) -> None:
         settings, model = self._settings, self._trainer.model()
@@ -175,25 +199,44 @@ class Run:
             temperature=settings.sample_temperature,
             seed=settings.seed,
         )
-        self._tell(Sampled(self._trainer.n_steps, prompt, result.text))
+        event = Sampled(self._trainer.n_steps, prompt, result.text)
+        with self._trainer.interrupts.held():
+            self._sampled = True
+            self._log(event)
+        self._call(event)
 
     def _save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one.
+        """Write a checkpoint of where the run is, unless there is one.
 
         Diverged, and nothing written, where the last update left a model whose loss is no number.
         """
         trainer = self._trainer
-        if self._saved == trainer.n_steps:
+        position = Position(
+            trainer.n_steps,
+            self._best_step,
+            self._best,
+            self._data,
+            self._seconds,
+            self._evaluated,
+            self._sampled,
+        )
+        if position == trainer.position:
             return
         if trainer.last_batch is not None:
             loss = trainer.core.loss(*trainer.last_batch)
             if not math.isfinite(loss):
                 raise Diverged(f"the loss after step {trainer.n_steps}", loss)
-        position = Position(trainer.n_steps, self._best_step, self._best, self._data, self._seconds)
+        if trainer.position is not None and position.step == trainer.position.step:
+            self._folder.move(position)
+            trainer.position = position
+            return
         folder = self._folder.save(trainer.core, trainer.vocabulary, position, self._settings.dropout)
-        trainer.position = position
-        self._saved = trainer.n_steps
-        self._tell(Saved(trainer.n_steps, folder))
+        event = Saved(trainer.n_steps, folder)
+        with trainer.interrupts.held():
+            trainer.position = position
+            self._folder.tidy(position)
+            self._log(event)
+        self._call(event)
 
     def _finish(self, reason: str) -> None:
         """Tell that it is over; where it failed, what the callbacks and the log then fail with is no news."""
@@ -206,6 +249,9 @@ class Run:
 
     def _tell(self, event: Event) -> None:
         self._log(event)
+        self._call(event)
+
+    def _call(self, event: Event) -> None:
         for callback in self._callbacks:
             callback(event)
 

@@ -1,6 +1,6 @@
 """The folder of a run: its settings, its log, and its checkpoints, of which the last and the best stay.
 
-settings.toml    how the run was started
+settings.toml    how the run was started, or last gone on with
 log.jsonl        what happened, a line each
 step-001000/     a checkpoint: config.json, model.safetensors, the tokenizer's files; beside them
                  optimizer.safetensors (AdamW's moments) and position.json (where the run was)
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"step-(\d{6,})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Position:
 
     step: how many were made.  The order of the data and the dropout masks are functions of the seed, which
     is a setting, and of it.  data: a digest of the tokens that are learned from.  seconds: of training.
+    evaluated, sampled: whether what was due after this step is done.
     """
 
     step: int
@@ -45,7 +46,20 @@ class Position:
     best_val_loss: float | None
     data: str
     seconds: float
+    evaluated: bool
+    sampled: bool
     format: int = _FORMAT
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "best_step": (int, type(None)),
+    "best_val_loss": (float, type(None)),
+    "data": (str,),
+    "seconds": (float, int),
+    "evaluated": (bool,),
+    "sampled": (bool,),
+}
 
 
 class RunFolder:
@@ -73,11 +87,11 @@ class RunFolder:
         return next(reversed(self.checkpoints().values()), None)
 
     def save(self, core: _core.Trainer, vocabulary: Vocabulary, position: Position, dropout: float) -> Path:
-        """Write a checkpoint, then remove all but it and the best.
+        """Write a checkpoint; `tidy` then makes it the last.
 
         OSError, a full disk for one, leaves the checkpoints that there were.
         """
-        folder = self.path / f"step-{position.step:06d}"
+        folder = self._folder(position.step)
         names = {f"transformer.{name}" if name != "lm_head.weight" else name: name for name in core.names()}
         moments = {f"{kind}.{name}": (kind, name) for kind in _MOMENTS for name in core.names()}
         config = {
@@ -98,16 +112,27 @@ class RunFolder:
                     lambda key: core.tensor(*moments[key]),
                 )
                 vocabulary.save(unfinished)
-                for name, content in (("config.json", config), ("position.json", asdict(position))):
-                    (unfinished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                for name, text in (
+                    ("config.json", _json(config)),
+                    ("position.json", _json(asdict(position))),
+                ):
+                    (unfinished / name).write_text(text, encoding="utf-8")
         except OSError as error:
             last = self.last()
             rest = f"the last good one is {last}" if last else "there is none yet"
             raise type(error)(f"cannot write the checkpoint {folder}: {error}; {rest}") from error
-        self._tidy(position)
         return folder
 
-    def _tidy(self, position: Position) -> None:
+    def move(self, position: Position) -> None:
+        """Write down a later position of the same step: what was due after it is done."""
+        durable.write_text(self._folder(position.step) / "position.json", _json(asdict(position)))
+        self.tidy(position)
+
+    def _folder(self, step: int) -> Path:
+        return self.path / f"step-{step:06d}"
+
+    def tidy(self, position: Position) -> None:
+        """Remove all checkpoints but the last and the best, and link these."""
         kept = self.checkpoints()
         durable.link(self.path / "last", kept[position.step])
         if position.best_step in kept:
@@ -117,15 +142,24 @@ class RunFolder:
                 durable.remove_folder(folder)
 
 
+def _json(content: dict[str, object]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
 def read_position(folder: Path) -> Position:
     """Where the run was when it wrote a checkpoint; ValueError for a file of another program or version."""
     path = folder / "position.json"
     try:
-        position = Position(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.get("format") != _FORMAT:
+            raise ValueError(f"format {fields.get('format')}, expected {_FORMAT}")
+        position = Position(**fields)
+        for field, types in _TYPES.items():
+            value = getattr(position, field)
+            if type(value) not in types:
+                raise ValueError(f"{field} is {value!r}")
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a position of a run: {error}") from None
-    if position.format != _FORMAT:
-        raise ValueError(f"{path}: format {position.format}, expected {_FORMAT}")
     return position
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 
-from .documents import SEPARATOR, Piece, Span, pieces
+from .documents import READ_BYTES, SEPARATOR, Piece, Span, pieces
+from .durable import new_folder, only_one
 from .token_files import Ids, ShardWriter, open_tokens
 from .vocabulary import Vocabulary
 
@@ -25,7 +24,6 @@ Progress = Callable[[str, int, int], None]
 _ABOUT = "corpus.json"
 # Goes into the key: another way of making tokens of text is another number.
 _VERSION = 1
-_READ_BYTES = 1 << 20
 
 
 def default_cache() -> Path:
@@ -48,16 +46,14 @@ def shards_of(spans: Sequence[Span], vocabulary: Vocabulary, cache: Path, progre
     if found is not None:
         return found
     cache.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(mkdtemp(prefix=".unfinished-", dir=cache))
-    try:
-        about = _write(spans, vocabulary, unfinished, progress)
-        (unfinished / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():  # damaged, or finished by another run in the meantime
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    # What a killed process left of it goes when the folder is made anew.
+    with only_one(cache / f".lock-{folder.name}", waits=True):
+        found = _kept(folder)
+        if found is not None:  # another run made it in the meantime
+            return found
+        with new_folder(folder) as unfinished:
+            about = _write(spans, vocabulary, unfinished, progress)
+            (unfinished / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return [open_tokens(folder / name) for name in about["shards"]]
 
 
@@ -69,7 +65,7 @@ def _key(spans: Sequence[Span], vocabulary: Vocabulary, progress: Progress) -> s
         with span.path.open("rb") as file:
             file.seek(span.begin)
             left = span.end - span.begin
-            while data := file.read(min(left, _READ_BYTES)):
+            while data := file.read(min(left, READ_BYTES)):
                 own.update(data)
                 left -= len(data)
                 done += len(data)
@@ -83,9 +79,10 @@ def _kept(folder: Path) -> list[Ids] | None:
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         shards = [open_tokens(folder / name) for name in about["shards"]]
+        n_tokens = about["n_tokens"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return shards if sum(map(len, shards)) == about["n_tokens"] else None
+    return shards if sum(map(len, shards)) == n_tokens else None
 
 
 def _write(spans: Sequence[Span], vocabulary: Vocabulary, folder: Path, progress: Progress) -> dict[str, Any]:

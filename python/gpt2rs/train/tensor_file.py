@@ -41,17 +41,20 @@ def read_tensors(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, N
         text = file.read(length) if length <= size else b""
     try:
         header = json.loads(text)
-        found = {
-            name: (entry["shape"], entry["data_offsets"])
-            for name, entry in header.items()
-            if name[:2] != "__"
-        }
+        found = {}
+        for name in shapes.keys() & header.keys():
+            entry = header[name]
+            begin, end = entry["data_offsets"]
+            found[name] = entry["dtype"], entry["shape"], int(begin), int(end)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path}: no safetensors file, or not all of it") from None
     tensors: dict[str, NDArray[np.float32]] = {}
     for name, shape in shapes.items():
-        own, (begin, end) = found.get(name, (None, (0, 0)))
-        if own != list(shape) or end - begin != 4 * math.prod(shape) or 8 + length + end > size:
-            raise ValueError(f"{path}: tensor {name} is {own}, expected {list(shape)}, all of it in the file")
+        dtype, own, begin, end = found.get(name, (None, None, 0, 0))
+        is_whole = begin >= 0 and end - begin == 4 * math.prod(shape) and 8 + length + end <= size
+        if dtype != "F32" or own != list(shape) or not is_whole:
+            raise ValueError(
+                f"{path}: tensor {name} is {dtype} {own}, expected F32 {list(shape)}, all of it in the file"
+            )
         tensors[name] = np.memmap(path, "<f4", "r", 8 + length + begin, tuple(shape))
     return tensors

@@ -42,7 +42,7 @@ class Trainer:
         step has; `n_steps` how many steps were made.
 
         Raises ValueError and FileNotFoundError for settings that don't go together, and for files that are
-        malformed or missing, MemoryError where the memory plan does not fit.
+        malformed or missing, RuntimeError where the memory plan does not fit.
         """
         self.settings = settings
         start = go_on(settings) if _go_on else begin(settings)
@@ -56,6 +56,8 @@ class Trainer:
         self.interrupts = Interrupts()
         # Told how many of a step's sequences are done.
         self.on_accumulated: Callable[[int, int], None] = lambda done, sequences: None
+        # Told of a step as soon as it is made, while signals are held.
+        self.on_step: Callable[[Step], None] = lambda step: None
         self.stopping = False
         # To see whether the last update left a model that computes.
         self.last_batch: tuple[NDArray[np.uint32], NDArray[np.uint32]] | None = None
@@ -76,7 +78,7 @@ class Trainer:
 
     @property
     def memory_plan(self) -> list[tuple[str, int]]:
-        """What the core holds, and how many bytes each takes; all of it was taken when it was made."""
+        """What the core holds, and how many bytes each takes; all of it is reserved when it is made."""
         return self.core.memory_plan
 
     def model(self, dtype: str = "float32") -> GPT2:
@@ -124,10 +126,12 @@ class Trainer:
                 max_norm=settings.max_norm or None,
             )
             self.n_steps += 1
-        self.last_batch = x[: self.batch_size], y[: self.batch_size]
-        if not math.isfinite(grad_norm):
-            raise Diverged(f"the gradient norm of step {step + 1}", grad_norm)
-        return Step(self.n_steps, loss, grad_norm, lr, x.size, time.perf_counter() - began)
+            self.last_batch = x[: self.batch_size], y[: self.batch_size]
+            if not math.isfinite(grad_norm):
+                raise Diverged(f"the gradient norm of step {step + 1}", grad_norm)
+            made = Step(self.n_steps, loss, grad_norm, lr, x.size, time.perf_counter() - began)
+            self.on_step(made)
+        return made
 
     def stop(self) -> None:
         """End `fit` after the present step, with a checkpoint; for callbacks."""

@@ -30,10 +30,14 @@ from gpt2rs.train import (
     Step,
     Trainer,
     TrainSettings,
+    durable,
 )
+from gpt2rs.train.evaluation import HeldOut
 from gpt2rs.train.log import read_log
 from gpt2rs.train.run_folder import RunFolder
+from gpt2rs.train.tensor_file import read_tensors
 
+TOLD = ("step", "evaluated", "sampled")
 COMMAND = [sys.executable, "-m", "gpt2rs.cli"]
 
 
@@ -361,6 +365,125 @@ class TestResume:
         path.write_bytes(path.read_bytes()[:-50])
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
             Trainer.resume(small["out"])
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("step", "8"), ("step", None), ("best_val_loss", [1]), ("data", 3), ("sampled", 1), ("format", 1)],
+    )
+    def test_a_position_of_other_types_is_a_clear_error(
+        self, small: dict[str, Any], field: str, value: Any
+    ) -> None:
+        Trainer(TrainSettings(**small)).fit([])
+        path = Path(small["out"]) / "last" / "position.json"
+        for content in ({**json.loads(path.read_text()), field: value}, [value], value):
+            path.write_text(json.dumps(content))
+            with pytest.raises(ValueError, match=r"position\.json: not a position of a run"):
+                Trainer.resume(small["out"])
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
+            {"dtype": "I32", "shape": [2], "data_offsets": [0, 8]},
+            {"dtype": "F32", "shape": [2], "data_offsets": [0, 16]},
+            {"dtype": "F32", "shape": [2], "data_offsets": None},
+            {"dtype": "F32", "shape": [2], "data_offsets": ["a", "b"]},
+            {"dtype": "F32", "shape": [2]},
+            [],
+        ],
+    )
+    def test_a_damaged_header_is_a_clear_error(self, tmp_path: Path, entry: Any) -> None:
+        path = tmp_path / "optimizer.safetensors"
+        header = json.dumps({"a": entry}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+        with pytest.raises(ValueError, match=r"optimizer\.safetensors: "):
+            read_tensors(path, {"a": (2,)})
+
+    def test_a_trainer_that_another_overtook_is_refused(self, small: dict[str, Any]) -> None:
+        Trainer(TrainSettings(**small)).fit([])
+        behind = Trainer.resume(small["out"], steps=14)
+        Trainer.resume(small["out"], steps=13).fit([])
+        with pytest.raises(RuntimeError, match="went on elsewhere in the meantime"):
+            behind.fit([])
+
+
+class TestInterrupted:
+    """A signal at the worst places; the run then goes on as if none had come."""
+
+    @pytest.mark.parametrize(
+        ("place", "step"),
+        [
+            *(((HeldOut, "loss"), step) for step in (0, 6, 12)),
+            *(((Trainer, "model"), step) for step in (0, 6, 12)),
+            *(((RunFolder, "save"), step) for step in (6, 12)),
+        ],
+    )
+    @pytest.mark.parametrize("is_before", [True, False])
+    def test_what_was_due_is_made_up_for(
+        self,
+        small: dict[str, Any],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        place: tuple[type, str],
+        step: int,
+        is_before: bool,
+    ) -> None:
+        owner, name = place
+        small["save_every"] = 6
+        whole = finished(small, tmp_path / "whole")
+        trainer = Trainer(TrainSettings(**small))
+        own = getattr(owner, name)
+        came = []
+
+        def interrupted(*arguments: Any) -> Any:
+            def interrupt() -> None:
+                if trainer.n_steps == step and not came:
+                    came.append(step)
+                    signal.raise_signal(signal.SIGINT)
+
+            if is_before:
+                interrupt()
+            result = own(*arguments)
+            interrupt()
+            return result
+
+        monkeypatch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit([])
+        Trainer.resume(small["out"]).fit([])
+        self.assert_same(Path(small["out"]), whole)
+
+    def test_while_old_checkpoints_are_removed(
+        self, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        small["eval_every"] = 0
+        whole = finished(small, tmp_path / "whole")
+        own = durable.remove_folder
+
+        def interrupted(folder: Path) -> None:
+            signal.raise_signal(signal.SIGINT)
+            own(folder)
+
+        monkeypatch.setattr(durable, "remove_folder", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(TrainSettings(**small)).fit([])
+        monkeypatch.undo()
+        assert list(RunFolder(Path(small["out"])).checkpoints()) == [8]
+        Trainer.resume(small["out"]).fit([])
+        self.assert_same(Path(small["out"]), whole)
+
+    @staticmethod
+    def assert_same(out: Path, whole: Path) -> None:
+        """The checkpoints, which of them is the best, and what was told of steps, losses and samples."""
+        assert RunFolder(out).checkpoints().keys() == RunFolder(whole).checkpoints().keys()
+        for link in ("last", "best"):
+            if (whole / link).exists():
+                assert contents(out / link) == contents(whole / link)
+                found, expected = (json.loads((f / link / "position.json").read_text()) for f in (out, whole))
+                assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+        assert [
+            {**entry, "seconds": 0} for entry in read_log(out / "log.jsonl") if entry["event"] in TOLD
+        ] == [{**entry, "seconds": 0} for entry in read_log(whole / "log.jsonl") if entry["event"] in TOLD]
 
 
 class TestFailures:
