@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ from shim_models import needs_shim, odd
 
 import gpt2rs
 from gpt2rs import _core
-from gpt2rs.cuda import plan, steps
+from gpt2rs.cuda import kv_cache, plan, steps
 from gpt2rs.cuda.model import CudaModel
 
 pytestmark = needs_shim
@@ -141,6 +142,84 @@ def test_what_was_computed_ahead_is_dropped_when_a_sequence_changes() -> None:
     model.decode([session], [sampler])
     for changed in (session, fork):
         np.testing.assert_array_equal(changed.logits, model.logits(changed.tokens)[-1])
+
+
+def test_an_interrupted_step_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host may leave while the device goes on: what is asked for next is not from further on."""
+    model = odd("bfloat16")
+    whole, cut = model.session(), model.session()
+    for session in (whole, cut):
+        session.prefill(TOKENS[:30])
+    sampler = greedy(30)
+    for _ in range(9):
+        model.decode([whole], [sampler])
+    for decoded in range(5):
+
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+            patched.setattr(model.machine, "synchronize", interrupted)
+            model.decode([cut], [sampler])
+        while cut.pos < 30 + 2 * (decoded + 1) - 1:
+            model.decode([cut], [sampler])
+    assert cut.tokens == whole.tokens[: cut.pos] and cut.pos == 39
+
+
+@pytest.mark.parametrize("what", ["prefill", "last_logits", "decode"])
+def test_refused_memory_harms_no_sequence(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Wherever among the blocks and copies of a batch memory ends, its sequences share what they shared."""
+    monkeypatch.setattr(kv_cache, "_SLAB_BYTES", 1)
+    model = odd("float32")
+    pool = model._pool
+    base = model.session()
+    base.prefill(TOKENS[:40])
+    wanted = base.logits
+    model.last_logits([base, base.fork()])
+    refusals = 0
+    while True:
+        forks = [base.fork(), base.fork()]
+        pool._collect()
+        pool._free.clear()
+        n_slabs, left = len(pool._slabs), refusals
+        owners = [block.owners for block in base.cache.blocks]
+        granted = model.machine.alloc
+
+        def alloc(n_bytes: int, granted: Any = granted) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise RuntimeError("out of memory")
+            return granted(n_bytes)
+
+        refused = False
+        with monkeypatch.context() as patched:
+            patched.setattr(model.machine, "alloc", alloc)
+            try:
+                if what == "prefill":
+                    model.prefill(forks, [[3] * 40, [5] * 40])
+                elif what == "decode":
+                    model.decode(forks, [greedy(40), greedy(40)])
+                else:
+                    model.last_logits(forks)
+            except RuntimeError as error:
+                assert str(error) == "out of memory"
+                refused = True
+        if refused:
+            assert [fork.pos for fork in forks] == [40, 40]
+            assert [block.owners for block in base.cache.blocks] == owners
+            # What was taken in vain is there to be taken.
+            assert len(pool._free) == len(pool._slabs) - n_slabs
+            model.prefill(forks, [[3] * 40, [5] * 40])
+        elif what != "prefill":
+            model.prefill(forks, [[3] * 40, [5] * 40])
+        np.testing.assert_array_equal(base.logits, wanted)
+        for fork in forks:
+            np.testing.assert_array_equal(fork.logits, model.logits(fork.tokens)[-1])
+        if not refused:
+            break
+        refusals += 1
+    assert refusals >= 3
 
 
 def test_random_weights_are_those_of_the_cpu() -> None:
