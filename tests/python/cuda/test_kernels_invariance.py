@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shim_models import needs_shim, odd
+from shim_models import ODD, config, needs_shim, odd, shim_machine
 
 import gpt2rs
 from gpt2rs import _core
@@ -57,6 +57,18 @@ def test_batches_by_decoding(model: CudaModel, rows: np.ndarray) -> None:
     for count in (1, 3, 5):
         got = model.last_logits(sessions[:count])
         np.testing.assert_array_equal(got, rows[[end - 1 for end in ends[:count]]])
+
+
+def test_products_cut_in_many() -> None:
+    """An inner size whose product's K is cut in as many as any is."""
+    model = CudaModel.random(
+        shim_machine.ShimMachine(), config({**ODD, "n_layer": 1, "n_inner": 1600}), seed=2, dtype="bfloat16"
+    )
+    assert model._weights.blocks[0].mlp_c_proj.weight.splits == 4
+    want = model.logits(TOKENS[:20])
+    sessions = [model.session() for _ in range(3)]
+    model.prefill(sessions, [TOKENS[:1], TOKENS[:20], TOKENS[:7]])
+    np.testing.assert_array_equal(model.last_logits(sessions), want[[0, 19, 6]])
 
 
 def test_a_prompt_in_a_batch(model: CudaModel, rows: np.ndarray) -> None:
@@ -223,8 +235,6 @@ def test_refused_memory_harms_no_sequence(monkeypatch: pytest.MonkeyPatch, what:
 
 
 def test_random_weights_are_those_of_the_cpu() -> None:
-    from shim_models import ODD
-
     model = odd("float32")
     cpu = gpt2rs.GPT2.from_config(ODD, seed=5)
     want = cpu.logits(TOKENS[:50])
