@@ -8,8 +8,8 @@
 // others: 2 words a lane and step, of columns that change with the place. out (blocks, 8, 16) float32: the column's sums.
 KERNEL(32, 1) columns(Global<const u32> a, Global<const u32> column, Global<const u32> others, Global<float> out,
                       int n_steps) {
-    next_may_start();
     previous_done();
+    next_may_start();
     u32 lane = threadIdx.x, g = lane / 4, t = lane % 4;
     for (u32 place = 0; place < 8; ++place) {
         float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -34,8 +34,8 @@ KERNEL(32, 1) columns(Global<const u32> a, Global<const u32> column, Global<cons
 // 0 to 15. row: its 8 words a step. others: 4 words a lane and step. b: the matrices (16, 8) as lanes hold them, 2 words a
 // lane. out (blocks, 16, 8) float32: the row's sums.
 KERNEL(32, 1) rows(Global<const u32> b, Global<const u32> row, Global<const u32> others, Global<float> out, int n_steps) {
-    next_may_start();
     previous_done();
+    next_may_start();
     u32 lane = threadIdx.x, g = lane / 4, t = lane % 4;
     for (u32 place = 0; place < 16; ++place) {
         float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};

@@ -4,7 +4,8 @@
 // it waits. Nothing is left to luck that can be known: every access to shared memory is held against those before it
 // (bounds, memory that nobody wrote, copies that have not landed, a barrier that is missing between two threads), every
 // access to device memory against the buffer that it started from, and asynchronous copies land at their wait, never
-// sooner. The first fault ends the launch, with one sentence.
+// sooner. Launches come one after the other, so whether one may begin early is not left to luck either: until a thread
+// calls previous_done, it may read weights and nothing else. The first fault ends the launch, with one sentence.
 #pragma once
 
 #include <cmath>
@@ -44,6 +45,8 @@ struct Fiber {
     std::vector<char> stack;
     Index index;
     bool done = false;
+    // Whether it has waited for the launch before, whose output is not to be touched sooner.
+    bool waited = false;
     std::vector<std::vector<Copy>> copies;
     // What it brings to an operation of its warp, and takes away.
     u32 words[10];
@@ -169,6 +172,7 @@ inline void fail(const char* format, ...) {
 
 inline void entry() {
     body();
+    if (!current->waited) fail("it ended without a call of previous_done");
     for (auto& group : current->copies)
         if (!group.empty()) fail("it ended with copies under way: a wait is missing");
     current->done = true;
@@ -179,7 +183,7 @@ inline void entry() {
 inline void prepare(Fiber& fiber, u32 thread) {
     if (fiber.stack.empty()) fiber.stack.resize(STACK);
     fiber.index.x = thread;
-    fiber.done = false;
+    fiber.done = fiber.waited = false;
     fiber.copies.resize(1);
     fiber.copies[0].clear();
     // Stacks begin at different lines of the cache's sets: else a block's 256 would evict one another.
@@ -322,6 +326,11 @@ template <class T> struct Global {
     T& operator[](size_t n) const { return *checked(at + n, sizeof(T), alignof(T)); }
     T& operator*() const { return (*this)[0]; }
     T* checked(T* p, size_t size, size_t alignment) const {
+        if (!shim::current->waited) shim::fail("device memory is accessed before previous_done");
+        return placed(p, size, alignment);
+    }
+    // The same for what no launch writes, and may thus be read while the one before still runs: weights.
+    T* placed(T* p, size_t size, size_t alignment) const {
         auto address = reinterpret_cast<uintptr_t>(p);
         if (!at) shim::fail("a null pointer is used");
         if (address < begin || address + size > end)
@@ -380,7 +389,9 @@ struct alignas(16) Words {
 template <class T> Words load16(Global<T> from) {
     return *reinterpret_cast<const Words*>(from.checked(from.at, 16, 16));
 }
-template <class T> Words load16_streamed(Global<T> from) { return load16(from); }
+template <class T> Words load16_streamed(Global<T> from) {
+    return *reinterpret_cast<const Words*>(from.placed(from.at, 16, 16));
+}
 template <class T> Words load16(Shared<T> from) {
     Words to;
     shim::on_read(from.at, 16);
@@ -409,7 +420,7 @@ template <int LEFT> void copies_wait() {
     }
 }
 
-DEVICE void previous_done() {}
+DEVICE void previous_done() { shim::current->waited = true; }
 DEVICE void next_may_start() {}
 
 DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -531,11 +542,12 @@ template <class... A, void (*F)(A...)> struct Call<F> {
 
 struct Known {
     const char* name;
+    u32 n_threads;
     void (*run)();
     void (*take)(const Argument*, size_t);
 };
 
-template <auto F> Known known(const char* name) { return {name, &Call<F>::run, &Call<F>::take}; }
+template <auto F> Known known(const char* name, u32 n_threads) { return {name, n_threads, &Call<F>::run, &Call<F>::take}; }
 
 extern const std::vector<Known> kernels;
 
@@ -568,6 +580,9 @@ const char* shim_launch(const char* name, const u32* grid, u32 block, u32 smem, 
         shim::body = kernel.run;
         kernel.take(arguments, n_arguments);
         if (smem > shim::MAX_SHARED) shim::fault = "more shared memory than a block can have";
+        if (block != kernel.n_threads)
+            shim::fault = "a block of " + std::to_string(block) + " threads, and it is written for " +
+                          std::to_string(kernel.n_threads);
         if (!block || block > shim::MAX_THREADS || block % 32) shim::fault = "threads that are no whole warps, or too many";
         if (!shim::fault.empty()) shim::fault = std::string(name) + ": " + shim::fault;
         shim::grid_size = {grid[0], grid[1], grid[2]};

@@ -18,16 +18,16 @@ from gpt2rs.cuda.machine import Buffer, Launch
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
-_KERNEL = re.compile(r"^KERNEL\([^)]*\)\s*(\w+)\(", re.MULTILINE)
-_KERNEL_OF_PARTS = re.compile(r"KERNEL\([^)]*\)[\s\\]*(\w+_)##parts_\(")
+_KERNEL = re.compile(r"^KERNEL\((\d+), \d+\)\s*(\w+)\(", re.MULTILINE)
+_KERNEL_OF_PARTS = re.compile(r"KERNEL\((\d+), \d+\)[\s\\]*(\w+_)##parts_\(")
 
 
-def kernel_names(source: str) -> list[str]:
-    """Names of the kernels that a file defines, those of macros for 1 and 3 parts too."""
-    stems = _KERNEL_OF_PARTS.findall(source)
-    return [name for name in _KERNEL.findall(source)] + [
-        f"{stem}{parts}" for stem in stems for parts in (1, 3)
-    ]
+def kernel_threads(source: str) -> dict[str, int]:
+    """Names of the kernels that a file defines, those of macros for 1 and 3 parts too; threads of a block."""
+    found = {name: int(threads) for threads, name in _KERNEL.findall(source)}
+    for threads, stem in _KERNEL_OF_PARTS.findall(source):
+        found |= {f"{stem}{parts}": int(threads) for parts in (1, 3)}
+    return found
 
 
 class _Argument(ctypes.Structure):
@@ -37,12 +37,16 @@ class _Argument(ctypes.Structure):
 def build(sources: Sequence[Path], folder: Path) -> ctypes.CDLL:
     """Compile kernel files, each in a namespace of its own, into one library."""
     files = [str(source) for source in sources]
-    names = [kernel_names(source.read_text()) for source in sources]
+    kernels_of = [kernel_threads(source.read_text()) for source in sources]
     kernels = Path(str(resources.files("gpt2rs.cuda") / "kernels"))
     # Headers first, so that only what a file has of its own is in its namespace.
     text = ['#include "shim.h"', *(f'#include "{header.name}"' for header in sorted(kernels.glob("*.cuh")))]
     text += [f'namespace file{i} {{\n#include "{file}"\n}}' for i, file in enumerate(files)]
-    known = [f'    known<file{i}::{name}>("{name}"),' for i, group in enumerate(names) for name in group]
+    known = [
+        f'    known<file{i}::{name}>("{name}", {threads}),'
+        for i, group in enumerate(kernels_of)
+        for name, threads in group.items()
+    ]
     text += ["const std::vector<shim::Known> shim::kernels = {", *known, "};"]
     unit, library = folder / "kernels.cpp", folder / "kernels.so"
     unit.write_text("\n".join(text))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -55,13 +56,46 @@ class Pool:
         if block.owners == 0:
             self._free.append(block.address)
 
-    def collect(self) -> None:
+    def reserve(self, wanted: Iterable[tuple[KvCache, int, int]]) -> None:
+        """Make positions start .. end of each cache its own, with copies queued of what they hold before.
+
+        RuntimeError where memory lacks.  Whatever is raised, no cache has a block without its copy.
+        """
+        self._collect()
+        changes: list[tuple[KvCache, int, Block]] = []
+        copies: list[tuple[Block, Block]] = []
+        # Owners that a block loses by these changes: the last one writes to it.
+        leaving: Counter[Block] = Counter()
+        try:
+            for cache, start, end in wanted:
+                for i in range(start // POSITIONS, -(-end // POSITIONS)):
+                    shared = cache.blocks[i] if i < len(cache.blocks) else None
+                    if shared is not None and shared.owners - leaving[shared] == 1:
+                        continue
+                    changes.append((cache, i, self.take()))
+                    if shared is not None:
+                        leaving[shared] += 1
+                        if i * POSITIONS < start:
+                            copies.append((changes[-1][2], shared))
+            self._copy(copies)
+        except BaseException:
+            for _, _, block in changes:
+                self.give_back(block)
+            raise
+        for cache, i, own in changes:
+            if i == len(cache.blocks):
+                cache.blocks.append(own)
+            else:
+                shared, cache.blocks[i] = cache.blocks[i], own
+                self.give_back(shared)
+
+    def _collect(self) -> None:
         """Take back what was abandoned."""
         while self.abandoned:
             for block in self.abandoned.popleft():
                 self.give_back(block)
 
-    def copy(self, pairs: list[tuple[Block, Block]]) -> None:
+    def _copy(self, pairs: list[tuple[Block, Block]]) -> None:
         """Queue copies of whole blocks, as (to, from)."""
         if not pairs:
             return
@@ -78,42 +112,27 @@ class KvCache:
     def __init__(self, pool: Pool) -> None:
         """No blocks."""
         self._pool = pool
-        self._blocks: list[Block] = []
+        self.blocks: list[Block] = []
 
     def __del__(self) -> None:
         """Leave the blocks to the pool."""
-        self._pool.abandoned.append(self._blocks)
+        self._pool.abandoned.append(self.blocks)
 
     @property
     def addresses(self) -> list[int]:
         """Of all blocks, in the order of their positions."""
-        return [block.address for block in self._blocks]
+        return [block.address for block in self.blocks]
 
     def fork(self) -> KvCache:
         """A second owner of the same blocks."""
         other = KvCache(self._pool)
-        for block in self._blocks:
+        for block in self.blocks:
             block.owners += 1
-        other._blocks = list(self._blocks)
+        other.blocks = list(self.blocks)
         return other
 
     def truncate(self, n: int) -> None:
         """Keep the blocks of the first `n` positions."""
         keep = -(-n // POSITIONS)
-        while len(self._blocks) > keep:
-            self._pool.give_back(self._blocks.pop())
-
-    def reserve(self, start: int, end: int) -> list[tuple[Block, Block]]:
-        """Make positions start .. end this sequence's own; the copies, as (to, from), that this takes."""
-        self._pool.collect()
-        copies = []
-        for i in range(start // POSITIONS, -(-end // POSITIONS)):
-            if i >= len(self._blocks):
-                self._blocks.append(self._pool.take())
-            elif self._blocks[i].owners > 1:
-                shared, own = self._blocks[i], self._pool.take()
-                self._blocks[i] = own
-                if i * POSITIONS < start:
-                    copies.append((own, shared))
-                self._pool.give_back(shared)
-        return copies
+        while len(self.blocks) > keep:
+            self._pool.give_back(self.blocks.pop())

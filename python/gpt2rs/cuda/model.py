@@ -208,13 +208,15 @@ class CudaModel:
                 )
         with self.lock:
             samples: list[_core.Sample] = []
+            on_gpu: list[bool] = []
             for first in range(0, len(sessions), MAX_BATCH):
                 part = slice(first, first + MAX_BATCH)
-                samples += self._choose(sessions[part], samplers[part])
+                chosen, where = self._choose(sessions[part], samplers[part])
+                samples += chosen
+                on_gpu += [where] * len(chosen)
             # Only now, so that an error leaves all sessions as they were.
-            ahead = self._ahead
-            for session, sample in zip(sessions, samples, strict=True):
-                if ahead is not None and ahead.holds(session):
+            for session, sample, where in zip(sessions, samples, on_gpu, strict=True):
+                if where:
                     session.advance(sample.token)
                 else:
                     session.push([sample.token])
@@ -253,23 +255,25 @@ class CudaModel:
 
     def _choose(
         self, sessions: Sequence[CudaSession], samplers: Sequence[_core.Sampler]
-    ) -> list[_core.Sample]:
-        """The next tokens of at most `MAX_BATCH` sessions."""
+    ) -> tuple[list[_core.Sample], bool]:
+        """The next tokens of at most `MAX_BATCH` sessions, and whether the GPU chose them."""
         if all(on_device(sampler, s.pos) for s, sampler in zip(sessions, samplers, strict=True)):
             ahead = self._ahead
             if ahead is None or not ahead.is_of(sessions, samplers):
-                self._ahead = ahead = None
+                ahead = self._ahead = None
                 self._compute(sessions)
+            # Whatever ends it halfway, the device may be further than this says.
+            self._ahead = None
             self._ahead = ahead = self._steps_for(len(sessions)).advance(sessions, samplers, ahead)
             tokens = ahead.next()
             if min(tokens) >= 0:
-                return [_core.Sample(token) for token in tokens]
+                return [_core.Sample(token) for token in tokens], True
             # A row without a finite score: the CPU's sampler says so in its own words.
         rows = self.last_logits(sessions)
         return [
             sampler.choose(row, session.tokens)
             for session, sampler, row in zip(sessions, samplers, rows, strict=True)
-        ]
+        ], False
 
     def _steps_for(self, n: int) -> Steps:
         """The steps of a batch of n, by the next power of two."""
@@ -303,16 +307,16 @@ class CudaModel:
         """Compute the next `count` tokens of each session; each comes once."""
         rows: list[tuple[int, int, int]] = []
         tiles: list[tuple[int, int]] = []
-        copies = []
+        self._pool.reserve(
+            (session.cache, session.computed, session.computed + count) for session, count in runs
+        )
         tables = np.zeros((len(runs), room.n_blocks), np.uint64)
         for i, (session, count) in enumerate(runs):
             start = session.computed
-            copies += session.cache.reserve(start, start + count)
             addresses = session.cache.addresses
             tables[i, : len(addresses)] = addresses
             tiles += [(len(rows) + at, min(16, count - at)) for at in range(0, count, 16)]
             rows += [(session.all_tokens[at], at, i) for at in range(start, start + count)]
-        self._pool.copy(copies)
         columns = zip(*rows, strict=True), zip(*tiles, strict=True)
         buffers = (room.tokens, room.positions, room.sequences), (room.first_rows, room.counts)
         for group, arrays in zip(buffers, columns, strict=True):

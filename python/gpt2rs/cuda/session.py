@@ -88,6 +88,6 @@ class CudaSession:
 
     def advance(self, token: int) -> None:
         """Take in the token that followed from computing the last one, on the device."""
+        self._logits = None
         self.all_tokens.append(token)
         self.computed = len(self.all_tokens) - 1
-        self._logits = None

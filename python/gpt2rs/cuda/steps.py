@@ -52,10 +52,6 @@ class Ahead:
             and [session.pos for session in sessions] == self._lengths
         )
 
-    def holds(self, session: CudaSession) -> bool:
-        """Whether a session's next token came from here."""
-        return any(session is own() for own in self._sessions)
-
     def next(self) -> list[int]:
         """The next token of each session."""
         self._lengths = [length + 1 for length in self._lengths]
@@ -136,14 +132,13 @@ class Steps:
 
     def _reserve(self, sessions: Sequence[CudaSession], n_steps: int, *, keep_tables: bool = False) -> None:
         """Room in the caches for so many positions more, from each session's last on."""
-        copies = []
+        self._pool.reserve(
+            (session.cache, session.pos - 1, session.pos - 1 + n_steps) for session in sessions
+        )
         before = self._tables.copy()
         for row, session in enumerate(sessions):
-            last = session.pos - 1
-            copies += session.cache.reserve(last, last + n_steps)
             addresses = session.cache.addresses
             self._tables[row, : len(addresses)] = addresses
-        self._pool.copy(copies)
         if not keep_tables or not np.array_equal(before, self._tables):
             self._machine.upload(self._room.tables, self._tables)
 

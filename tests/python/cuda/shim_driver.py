@@ -101,7 +101,7 @@ def compiled_sizes() -> dict[str, tuple[int, ...]] | None:
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimDriver]:
     """`fakes.installed` with such a driver."""
     sizes = compiled_sizes()
-    names = {source.text: tuple(shim_machine.kernel_names(source.text)) for source in sources()}
+    names = {source.text: tuple(shim_machine.kernel_threads(source.text)) for source in sources()}
     driver = ShimDriver(library(), sizes or {name: () for group in names.values() for name in group})
     original = Gpu._launch
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from shim_models import needs_shim, odd
+from shim_models import ODD, config, needs_shim, odd, shim_machine
 
 import gpt2rs
 from gpt2rs import _core
-from gpt2rs.cuda import plan, steps
+from gpt2rs.cuda import kv_cache, plan, steps
 from gpt2rs.cuda.model import CudaModel
 
 pytestmark = needs_shim
@@ -56,6 +57,18 @@ def test_batches_by_decoding(model: CudaModel, rows: np.ndarray) -> None:
     for count in (1, 3, 5):
         got = model.last_logits(sessions[:count])
         np.testing.assert_array_equal(got, rows[[end - 1 for end in ends[:count]]])
+
+
+def test_products_cut_in_many() -> None:
+    """An inner size whose product's K is cut in as many as any is."""
+    model = CudaModel.random(
+        shim_machine.ShimMachine(), config({**ODD, "n_layer": 1, "n_inner": 1600}), seed=2, dtype="bfloat16"
+    )
+    assert model._weights.blocks[0].mlp_c_proj.weight.splits == 4
+    want = model.logits(TOKENS[:20])
+    sessions = [model.session() for _ in range(3)]
+    model.prefill(sessions, [TOKENS[:1], TOKENS[:20], TOKENS[:7]])
+    np.testing.assert_array_equal(model.last_logits(sessions), want[[0, 19, 6]])
 
 
 def test_a_prompt_in_a_batch(model: CudaModel, rows: np.ndarray) -> None:
@@ -143,9 +156,85 @@ def test_what_was_computed_ahead_is_dropped_when_a_sequence_changes() -> None:
         np.testing.assert_array_equal(changed.logits, model.logits(changed.tokens)[-1])
 
 
-def test_random_weights_are_those_of_the_cpu() -> None:
-    from shim_models import ODD
+def test_an_interrupted_step_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host may leave while the device goes on: what is asked for next is not from further on."""
+    model = odd("bfloat16")
+    whole, cut = model.session(), model.session()
+    for session in (whole, cut):
+        session.prefill(TOKENS[:30])
+    sampler = greedy(30)
+    for _ in range(9):
+        model.decode([whole], [sampler])
+    for decoded in range(5):
 
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+            patched.setattr(model.machine, "synchronize", interrupted)
+            model.decode([cut], [sampler])
+        while cut.pos < 30 + 2 * (decoded + 1) - 1:
+            model.decode([cut], [sampler])
+    assert cut.tokens == whole.tokens[: cut.pos] and cut.pos == 39
+
+
+@pytest.mark.parametrize("what", ["prefill", "last_logits", "decode"])
+def test_refused_memory_harms_no_sequence(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Wherever among the blocks and copies of a batch memory ends, its sequences share what they shared."""
+    monkeypatch.setattr(kv_cache, "_SLAB_BYTES", 1)
+    model = odd("float32")
+    pool = model._pool
+    base = model.session()
+    base.prefill(TOKENS[:40])
+    wanted = base.logits
+    model.last_logits([base, base.fork()])
+    refusals = 0
+    while True:
+        forks = [base.fork(), base.fork()]
+        pool._collect()
+        pool._free.clear()
+        n_slabs, left = len(pool._slabs), refusals
+        owners = [block.owners for block in base.cache.blocks]
+        granted = model.machine.alloc
+
+        def alloc(n_bytes: int, granted: Any = granted) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise RuntimeError("out of memory")
+            return granted(n_bytes)
+
+        refused = False
+        with monkeypatch.context() as patched:
+            patched.setattr(model.machine, "alloc", alloc)
+            try:
+                if what == "prefill":
+                    model.prefill(forks, [[3] * 40, [5] * 40])
+                elif what == "decode":
+                    model.decode(forks, [greedy(40), greedy(40)])
+                else:
+                    model.last_logits(forks)
+            except RuntimeError as error:
+                assert str(error) == "out of memory"
+                refused = True
+        if refused:
+            assert [fork.pos for fork in forks] == [40, 40]
+            assert [block.owners for block in base.cache.blocks] == owners
+            # What was taken in vain is there to be taken.
+            assert len(pool._free) == len(pool._slabs) - n_slabs
+            model.prefill(forks, [[3] * 40, [5] * 40])
+        elif what != "prefill":
+            model.prefill(forks, [[3] * 40, [5] * 40])
+        np.testing.assert_array_equal(base.logits, wanted)
+        for fork in forks:
+            np.testing.assert_array_equal(fork.logits, model.logits(fork.tokens)[-1])
+        if not refused:
+            break
+        refusals += 1
+    assert refusals >= 3
+
+
+def test_random_weights_are_those_of_the_cpu() -> None:
     model = odd("float32")
     cpu = gpt2rs.GPT2.from_config(ODD, seed=5)
     want = cpu.logits(TOKENS[:50])

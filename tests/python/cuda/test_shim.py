@@ -47,6 +47,8 @@ def test_a_kernel_that_waits_for_all(machine: shim_machine.ShimMachine) -> None:
         ("barrier_of_some", "never come to that barrier"),
         ("shuffle_of_some", "never come to that barrier"),
         ("copy_left", "a wait is missing"),
+        ("too_early", "before previous_done"),
+        ("never_waits", "without a call of previous_done"),
         ("absent", "no such kernel"),
     ],
 )
@@ -69,6 +71,12 @@ def test_a_wrong_number_or_kind_of_arguments(machine: shim_machine.ShimMachine) 
     for arguments in ((buffer,), (buffer, 3), (buffer, buffer, 1.0)):
         with pytest.raises(RuntimeError, match=r"whole: (a wrong number|argument 1 is of a wrong kind)"):
             machine.launch(Launch("whole", (1, 1, 1), 64, 256, arguments))
+
+
+def test_a_wrong_number_of_threads(machine: shim_machine.ShimMachine) -> None:
+    buffer = machine.alloc(256)
+    with pytest.raises(RuntimeError, match="whole: a block of 32 threads, and it is written for 64"):
+        machine.launch(Launch("whole", (1, 1, 1), 32, 256, (buffer, buffer)))
 
 
 def test_fragments_of_mma(machine: shim_machine.ShimMachine) -> None:

@@ -66,7 +66,7 @@ struct Candidates {
 };
 
 struct Scratch {
-    Shared<u64> bins, sums;  // BINS; 32 and two more
+    Shared<u64> bins, sums;  // BINS; 32 and three more
 
     // The bin in which the sum of bins reaches `mass`, and how much of it is left for that bin. For all threads.
     DEVICE u32 find(u64& mass) const {
