@@ -83,6 +83,9 @@ def counts(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(count(part) for part in text.split(",")))
 
 
+_HELD = {True: "yes", False: "NO", None: "not run"}
+
+
 class Run:
     """What was asked for, and what was found so far."""
 
@@ -130,6 +133,7 @@ class Run:
             self.figures.append(timing.prefill(model, size, 1024, self.options.rounds))
         if "torch" in parts and size in TORCH_SIZES:
             self._torch(model, size)
+        self._write()
 
     def _machine(self, gpu: Any) -> None:
         driver = call(api().cuDriverGetVersion)
@@ -157,12 +161,8 @@ class Run:
         )
         self.facts["correctness"] = [{"check": name, "held": held, "says": says} for name, held, says in rows]
         print("\n## Correctness\n")
-        print(
-            report.table(
-                ("check", "", ""), [(name, "yes" if held else "NO", says) for name, held, says in rows]
-            )
-        )
-        return all(held for _, held, _ in rows)
+        print(report.table(("check", "", ""), [(name, _HELD[held], says) for name, held, says in rows]))
+        return all(held is not False for _, held, _ in rows)
 
     def _launch(self, gpu: Any) -> None:
         times = timing.graph_launch(gpu, self.options.rounds)
@@ -194,12 +194,17 @@ class Run:
 
     def _torch(self, model: gpt2rs.GPT2, size: str) -> None:
         try:
-            import pytorch
-            import torch
-        except ImportError as error:
-            self.facts["torch"] = f"not run: {error}"
-            print(f"\nPyTorch: {self.facts['torch']}")
-            return
+            self._beside_torch(model, size)
+        except Exception as error:
+            # Whatever fails over there, what was measured here is kept.
+            said = f"{type(error).__name__}: {error}"
+            self.facts.setdefault("torch_failed", {})[size] = said
+            print(f"\nPyTorch, {size}: not run, or not to its end: {said}")
+
+    def _beside_torch(self, model: gpt2rs.GPT2, size: str) -> None:
+        import pytorch
+        import torch
+
         options, config = self.options, model.config
         dtype = getattr(torch, options.dtype)
         shape = {name: getattr(config, name) for name in ("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head")}
@@ -287,10 +292,13 @@ class Run:
         print(report.table(("part", "s"), rows))
 
     def _end(self, status: int) -> int:
+        self._write()
+        return status
+
+    def _write(self) -> None:
         self.facts["figures"] = [figure.facts() for figure in self.figures]
         if self.options.json is not None:
             self.options.json.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
-        return status
 
 
 def _plain(options: argparse.Namespace) -> dict[str, Any]:

@@ -61,9 +61,9 @@ class Decoding:
         """Compute the prompts."""
         self._model, self._name, self._context, self._batch = model, name, context, batch
         self._n_steps = min(n_steps, model.config.n_ctx - context - 1)
-        first = model.session()
-        first.prefill(tokens(model, context))
-        self._prompts = [first._core, *(first._core.fork() for _ in range(batch - 1))]
+        # Each has keys and values of its own: those of forks would come from memory once, and then from L2.
+        self._prompts = [model._core.session() for _ in range(batch)]
+        model._core.prefill(self._prompts, [tokens(model, context, seed=i) for i in range(batch)])
         self._settings = Settings(eos_token_id=None)
         self.seconds: list[float] = []
 

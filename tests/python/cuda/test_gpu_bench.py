@@ -191,7 +191,8 @@ class TestSanitizer:
 
     def test_that_is_missing_is_not_run(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
-        assert correctness.sanitizer("memcheck", "cuda") == "not run: there is no compute-sanitizer"
+        with pytest.raises(correctness.NotRun, match="there is no compute-sanitizer"):
+            correctness.sanitizer("memcheck", "cuda")
 
     def test_that_finds_nothing_says_so(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         script = 'echo "$@" > ' + str(tmp_path / "given") + '\necho "========= ERROR SUMMARY: 0 errors"'
@@ -209,7 +210,8 @@ class TestSanitizer:
 
     def test_that_can_t_run_here_says_why(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         self.program(tmp_path, monkeypatch, "echo 'Device not supported' >&2; exit 1")
-        assert correctness.sanitizer("memcheck", "cuda") == "not run: Device not supported"
+        with pytest.raises(correctness.NotRun, match="Device not supported"):
+            correctness.sanitizer("memcheck", "cuda")
 
 
 @needs_nvrtc
@@ -225,10 +227,14 @@ def test_checks_that_fail_are_rows_and_the_status() -> None:
     def failing() -> str:
         raise RuntimeError("a kernel failed")
 
-    assert correctness.checked({"a": lambda: "fine", "b": wrong, "c": failing}) == [
+    def absent() -> str:
+        raise correctness.NotRun("there is no such tool")
+
+    assert correctness.checked({"a": lambda: "fine", "b": wrong, "c": failing, "d": absent}) == [
         ("a", True, "fine"),
         ("b", False, "off by one"),
         ("c", False, "a kernel failed"),
+        ("d", None, "there is no such tool"),
     ]
 
 

@@ -51,10 +51,10 @@ def test_pieces(model: CudaModel, rows: np.ndarray) -> None:
 
 def test_batches_by_decoding(model: CudaModel, rows: np.ndarray) -> None:
     """Sequences of many lengths in one batch, in buckets of several sizes: the decoding kernels."""
-    ends = [1, 129, 270, 32, 2]
+    ends = [1, 129, 270, 32, 2, 65, 17, 200, 5, 260, 96]
     sessions = [model.session() for _ in ends]
     model.prefill(sessions, [TOKENS[:end] for end in ends])
-    for count in (1, 3, 5):
+    for count in (1, 3, 5, 11):
         got = model.last_logits(sessions[:count])
         np.testing.assert_array_equal(got, rows[[end - 1 for end in ends[:count]]])
 
