@@ -210,9 +210,10 @@ impl Trainer {
         let activations = self.size.cut(&self.config, batch.inputs.len(), self.activations.get_mut());
         let learned = Learned { weights: self.weights.get(), gradients: self.gradients.get_mut() };
         let count = batch.targets.len() as f64;
-        let scale = scale.map(|scale| (f64::from(scale) / count) as f32);
-        let sum = in_default_mode(|| model.pass(&mut workers, batch.targets, learned, activations, scale))?;
-        Ok(sum / count)
+        in_default_mode(|| {
+            let scale = scale.map(|scale| (f64::from(scale) / count) as f32);
+            Ok(model.pass(&mut workers, batch.targets, learned, activations, scale)? / count)
+        })
     }
 
     /// Clips the gradients, moves the weights, and forgets the gradients; gives the norm that they had. A norm that is not
@@ -229,12 +230,8 @@ impl Trainer {
             self.gradients.get_mut().fill(0.0);
             return Ok(norm);
         }
-        let rules: Vec<_> = self
-            .parameters
-            .tensors
-            .iter()
-            .map(|tensor| (tensor.place.clone(), update.rule(norm, tensor.decays())))
-            .collect();
+        let rule = |tensor: &Tensor| (tensor.place.clone(), update.rule(norm, tensor.decays()));
+        let rules: Vec<_> = in_default_mode(|| self.tensors().iter().map(rule).collect());
         let values = [self.weights.get_mut(), self.exp_avg.get_mut(), self.exp_avg_sq.get_mut()];
         workers.adamw(&rules, self.gradients.get_mut(), values);
         Ok(norm)

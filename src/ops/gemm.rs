@@ -11,10 +11,9 @@ use super::Rows;
 use super::matmul::{MatMul, Then};
 use super::pairs::{Bf16Dots, F32};
 use super::panels::{NR, Panels};
-use super::round::RoundRows;
 use crate::mapped::Line;
 use crate::pool::Columns;
-use crate::simd::Isa;
+use crate::simd::{Isa, LANES};
 use bytemuck::Zeroable;
 use half::bf16;
 use std::marker::PhantomData;
@@ -24,12 +23,12 @@ pub use pack::{PackPanels, PackRows, Packable};
 
 /// Terms of the chains that a pass over the outputs adds at most.
 const KC: usize = 768;
-/// Columns whose panels are packed together at most.
-const NC: usize = 512;
+/// Bytes of panels that are packed together at most, for a chain of `KC`.
+const NC_BYTES: usize = size_of::<f32>() * 512;
 /// Rows of the left factor that are gone through together at most: sixteen of the tallest tiles.
 const MC: usize = 224;
-/// The distance between rows of a block of the left factor that was copied.
-const STRIDE: usize = KC + 16;
+/// The distance between rows of a block of the left factor that was copied, in pairs.
+const STRIDE: usize = KC / 2 + 8;
 
 /// How exactly the factors of a product are taken. Sums are float32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,18 +88,18 @@ pub struct Scratch {
 
 /// Room for a block of rows of the left factor.
 pub struct Left {
-    rows: Vec<f32>,
-    pairs: Vec<[bf16; 2]>,
+    floats: Vec<[f32; 2]>,
+    rounded: Vec<[bf16; 2]>,
 }
 
 impl Scratch {
     /// Bytes that it takes.
-    pub const BYTES: usize = size_of::<f32>() * (KC * NC + MC * STRIDE) + size_of::<bf16>() * MC * STRIDE;
+    pub const BYTES: usize = KC * NC_BYTES + (size_of::<[f32; 2]>() + size_of::<[bf16; 2]>()) * MC * STRIDE;
 
     /// Room for products of any size.
     pub fn new() -> Scratch {
-        let left = Left { rows: vec![0.0; MC * STRIDE], pairs: vec![[bf16::ZERO; 2]; MC * STRIDE / 2] };
-        Scratch { panels: vec![Line::zeroed(); packed_lines(KC, NC)], left }
+        let left = Left { floats: vec![[0.0; 2]; MC * STRIDE], rounded: vec![[bf16::ZERO; 2]; MC * STRIDE] };
+        Scratch { panels: vec![Line::zeroed(); KC * NC_BYTES / size_of::<Line>()], left }
     }
 
     /// The part that products with a [`Packed`] factor need.
@@ -129,7 +128,7 @@ impl Gemm<'_> {
         let Scratch { panels, left } = scratch;
         for k in pieces(self.k, KC) {
             let bias = if k.end == self.k { self.bias } else { &[] };
-            for n in pieces(columns.len(), NC) {
+            for n in pieces(columns.len(), NC_BYTES / P::BYTES) {
                 let of_matrix = columns.start + n.start..columns.start + n.end;
                 let bias = bias.get(of_matrix.clone()).unwrap_or(&[]);
                 let size = (k.len(), n.len());
@@ -225,6 +224,9 @@ fn pieces(n: usize, longest: usize) -> impl Iterator<Item = Range<usize>> {
 
 /// A format whose products take rows of float32, as they lie or copied.
 trait Takes: Packable {
+    /// Bytes of a value of a panel.
+    const BYTES: usize = size_of::<Self::Step>() / (2 * LANES);
+
     /// The (m, k) left factor, copied where it can't be taken as it lies.
     fn take<'a>(isa: Isa, a: Operand<'a>, size: (usize, usize), left: &'a mut Left) -> Self::Inputs<'a>;
 
@@ -233,10 +235,14 @@ trait Takes: Packable {
 }
 
 impl Takes for F32 {
-    fn take<'a>(isa: Isa, a: Operand<'a>, size: (usize, usize), left: &'a mut Left) -> Rows<'a, [f32; 2]> {
+    fn take<'a>(isa: Isa, a: Operand<'a>, (m, k): (usize, usize), left: &'a mut Left) -> Rows<'a, [f32; 2]> {
         // Rows that are no whole pairs would be read past their ends.
-        let odd = a.rows.stride() % 2 == 1 || a.rows.columns() % 2 == 1;
-        rows_of(isa, a, size, odd, &mut left.rows).pairs()
+        let whole = a.rows.stride() % 2 == 0 && a.rows.columns() % 2 == 0;
+        if whole && !a.transposed {
+            return a.rows.pairs();
+        }
+        isa.run(PackRows::<F32> { a, m, k, out: &mut left.floats, stride: STRIDE });
+        Rows::new(&left.floats, STRIDE, k.div_ceil(2))
     }
 
     fn run(isa: Isa, product: MatMul<'_, F32>) {
@@ -246,28 +252,11 @@ impl Takes for F32 {
 
 impl Takes for Bf16Dots {
     fn take<'a>(isa: Isa, a: Operand<'a>, (m, k): (usize, usize), left: &'a mut Left) -> Rows<'a, [bf16; 2]> {
-        let Left { rows, pairs } = left;
-        let x = rows_of(isa, a, (m, k), false, rows);
-        isa.run(RoundRows { x, rows: m, out: pairs, stride: STRIDE / 2 });
-        Rows::new(pairs, STRIDE / 2, k.div_ceil(2))
+        isa.run(PackRows::<Bf16Dots> { a, m, k, out: &mut left.rounded, stride: STRIDE });
+        Rows::new(&left.rounded, STRIDE, k.div_ceil(2))
     }
 
     fn run(isa: Isa, product: MatMul<'_, Bf16Dots>) {
         isa.run_flushing(product);
     }
-}
-
-/// The left factor's rows, copied where they are columns now or `copies` wants it.
-fn rows_of<'a>(
-    isa: Isa,
-    a: Operand<'a>,
-    (m, k): (usize, usize),
-    copies: bool,
-    room: &'a mut [f32],
-) -> Rows<'a> {
-    if !a.transposed && !copies {
-        return a.rows;
-    }
-    isa.run(PackRows { a, m, k, out: room, stride: STRIDE });
-    Rows::new(room, STRIDE, k)
 }

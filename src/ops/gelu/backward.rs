@@ -9,6 +9,9 @@ use crate::simd::{Kernel, LANES, Simd, load_partial, store_partial};
 /// The derivative in every lane; of ReLU at 0, 0.
 #[inline(always)]
 pub fn derivative<S: Simd>(simd: S, activation: Activation, x: S::F32) -> S::F32 {
+    // Beyond, all are 0 or 1, and cubes might overflow. A NaN stays one.
+    let (low, high) = (simd.splat(-128.0), simd.splat(128.0));
+    let x = simd.max(low, simd.select_less(high, x, high, x));
     match activation {
         Activation::GeluNew => {
             // x sigmoid(u) with u = 2 sqrt(2/pi) (x + 0.044715 x^3).

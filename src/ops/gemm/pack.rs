@@ -105,43 +105,49 @@ fn columns_of<S: Simd>(simd: S, rows: Rows<'_>, first: usize, n: usize, k: usize
     simd.transpose(block)
 }
 
-/// The left factor -> its rows, each padded by zeros to whole registers.
-pub struct PackRows<'a> {
+/// The left factor -> its rows, in pairs, each padded by zeros to whole registers.
+pub struct PackRows<'a, P: Pairs> {
     /// (M, K).
     pub a: Operand<'a>,
     /// Rows.
     pub m: usize,
     /// Columns.
     pub k: usize,
-    /// (M, K), rows `stride` apart.
-    pub out: &'a mut [f32],
-    /// At least K rounded up to whole registers.
+    /// (M, K / 2 rounded up), rows `stride` apart.
+    pub out: &'a mut [P::X],
+    /// At least K / 2 rounded up to whole registers.
     pub stride: usize,
 }
 
-impl Kernel for PackRows<'_> {
+impl<P: Pairs> Kernel for PackRows<'_, P> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
+        if !self.a.transposed {
+            for m in 0..self.m {
+                let out = &mut self.out[m * self.stride..];
+                for k in (0..self.k).step_by(LANES) {
+                    put::<S, P>(simd, lanes(simd, self.a.rows.row(m), k), &mut out[k / 2..]);
+                }
+            }
+            return;
+        }
         for k in (0..self.k).step_by(LANES) {
             for m in (0..self.m).step_by(LANES) {
-                let count = LANES.min(self.m - m);
-                let mut block = [simd.splat(0.0); LANES];
-                if self.a.transposed {
-                    block = columns_of(simd, self.a.rows.rows_from(k), 0, self.k - k, m);
-                } else {
-                    for i in 0..count {
-                        block[i] = lanes(simd, self.a.rows.row(m + i), k);
-                    }
-                }
+                let block = columns_of(simd, self.a.rows.rows_from(k), 0, self.k - k, m);
                 for i in 0..LANES {
-                    if i < count {
-                        let out = &mut self.out[(m + i) * self.stride + k..];
-                        simd.store(block[i], out.first_chunk_mut().expect("rows of whole registers"));
+                    if m + i < self.m {
+                        put::<S, P>(simd, block[i], &mut self.out[(m + i) * self.stride + k / 2..]);
                     }
                 }
             }
         }
     }
+}
+
+/// Eight pairs, where rows of whole registers have room for them.
+#[inline(always)]
+fn put<S: Simd, P: Pairs>(simd: S, values: S::F32, out: &mut [P::X]) {
+    *out.first_chunk_mut().expect("rows of whole registers") = P::sixteen(simd, values);
 }
