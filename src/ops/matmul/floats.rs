@@ -11,13 +11,27 @@ use crate::simd::{LANES, Simd};
 
 /// Formats whose groups are steps, and whose sums are float32.
 trait Floats: Pairs + Format {
-    /// Rows of the tallest tile of 32 registers, two of sums for each row.
-    const TALLEST: usize = 14;
+    /// [`Pairs::add`], with the input where it lies.
+    #[inline(always)]
+    fn add_from<S: Simd>(
+        simd: S,
+        sum: Self::Lanes<S>,
+        lanes: Self::Lanes<S>,
+        x: &Self::X,
+        turn: usize,
+    ) -> Self::Lanes<S> {
+        Self::add(simd, sum, lanes, *x, turn)
+    }
+    /// Whether products add so.
+    const FROM_MEMORY: bool = false;
 }
 impl Floats for F32 {}
 impl Floats for Bf16 {
-    /// With more, LLVM keeps inputs in registers that the sums need: half the speed.
-    const TALLEST: usize = 8;
+    #[inline(always)]
+    fn add_from<S: Simd>(simd: S, sum: S::F32, lanes: S::F32, x: &[f32; 2], turn: usize) -> S::F32 {
+        simd.fma_from(&x[turn], lanes, sum)
+    }
+    const FROM_MEMORY: bool = true;
 }
 impl Floats for Bf16Dots {}
 
@@ -31,7 +45,7 @@ impl<P: Floats> Product for P {
 
     /// Of sixteen registers that are half as wide, 6 x 16, or 3 x 32 for few rows.
     fn tallest(wide: bool) -> usize {
-        if wide { Self::TALLEST } else { 6 }
+        if wide { 14 } else { 6 }
     }
 
     fn address(x: Rows<'_, P::X>, row: usize, group: usize) -> (*const u8, usize) {
@@ -130,7 +144,11 @@ fn multiply<S: Simd, P: Floats, const STREAM: bool, const MR: usize, const V0: u
             }
             for r in 0..MR {
                 for j in 0..NV {
-                    acc[r][j] = P::add(simd, acc[r][j], lanes[j], x[r][k], turn);
+                    acc[r][j] = if P::FROM_MEMORY {
+                        P::add_from(simd, acc[r][j], lanes[j], &x[r][k], turn)
+                    } else {
+                        P::add(simd, acc[r][j], lanes[j], x[r][k], turn)
+                    };
                 }
             }
         }

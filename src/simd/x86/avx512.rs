@@ -92,6 +92,11 @@ impl<const VNNI: bool, const BF16: bool> Simd for Avx512<VNNI, BF16> {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
+    fn fma_from(self, x: &f32, b: Self::F32, c: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { fma_from(x, b, c) }
+    }
+    #[inline(always)]
     fn sqrt(self, value: Self::F32) -> Self::F32 {
         // SAFETY: `self` proves AVX-512 F.
         unsafe { _mm512_sqrt_ps(value) }
@@ -304,4 +309,21 @@ unsafe fn nearest_bf16(value: __m512) -> __m512i {
         let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
         _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x40_0000))
     }
+}
+
+/// `x * b + c` in one instruction.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fma_from(x: &f32, b: __m512, mut c: __m512) -> __m512 {
+    // SAFETY: the instruction reads the four bytes of `x` and changes nothing but `c`.
+    unsafe {
+        std::arch::asm!(
+            "vfmadd231ps {c}, {b}, dword ptr [{x}]{{1to16}}",
+            c = inout(zmm_reg) c,
+            b = in(zmm_reg) b,
+            x = in(reg) x,
+            options(pure, readonly, nostack, preserves_flags)
+        );
+    }
+    c
 }
