@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpoint import Weights, write_once
 from processes import Worker
 from reference import greedy
-from workloads import CHECK
+from workloads import CHECK, request
 
 # Where the best logit leads the second by more than this, float32 gives the same token in any order of
 # summation.
@@ -55,8 +55,8 @@ class Agreement:
 
 def compare(worker: Worker, reference: Reference, n_vocab: int) -> Agreement:
     prompts = CHECK.prompts(n_vocab)
-    together = worker.ask(prompts, CHECK.new)["tokens"]
-    alone = [worker.ask([prompt], CHECK.new)["tokens"][0] for prompt in prompts]
+    together = worker.ask(request(prompts, CHECK.new))["tokens"]
+    alone = [worker.ask(request([prompt], CHECK.new))["tokens"][0] for prompt in prompts]
     agreeing, widest = 0, 0.0
     for texts in (together, alone):
         for text, expected, margins in zip(texts, reference.tokens, reference.margins, strict=True):

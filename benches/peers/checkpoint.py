@@ -7,6 +7,7 @@ one token whatever its layers do, and this one's text wanders. Biases and LayerN
 conversion that loses one shows in the tokens.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -120,6 +121,15 @@ def write_checkpoint(folder: Path, shape: Shape, seed: int = SEED) -> None:
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=2) + "\n")
 
 
+def prepared(work: Path) -> tuple[Path, str]:
+    """The folder of the checkpoint, written if need be, and what identifies it."""
+    folder = work / "checkpoint"
+    shape = Shape()
+    made_from: dict[str, object] = {"shape": vars(shape), "seed": SEED, "program": digest(Path(__file__))}
+    write_once(folder, made_from, lambda: write_checkpoint(folder, shape))
+    return folder, json.dumps(made_from)
+
+
 class Weights:
     """The tensors of a checkpoint, float32 and mapped, under their names without `transformer.`."""
 
@@ -139,6 +149,11 @@ class Weights:
 
     def names(self) -> Iterator[str]:
         return (name.removeprefix("transformer.") for name in self._header)
+
+
+def digest(program: Path) -> str:
+    """Of the program that writes a file: a changed program makes the file anew."""
+    return hashlib.sha256(program.read_bytes()).hexdigest()
 
 
 def write_once(target: Path, made_from: dict[str, object], write: Callable[[], None]) -> bool:

@@ -1,20 +1,14 @@
 """The checkpoint in each peer's own format, made once."""
 
-import hashlib
 import shutil
 import subprocess
 from pathlib import Path
 
-from checkpoint import write_once
+from checkpoint import digest, write_once
 from environments import Environment, Missing, reason
 from peers import Peer
 
 HERE = Path(__file__).parent
-
-
-def digest(program: Path) -> str:
-    """Of the program that writes a file: a changed program makes the file anew."""
-    return hashlib.sha256(program.read_bytes()).hexdigest()
 
 
 def converted(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,19 @@ class Worker:
     """
 
     def __init__(
-        self, python: Path, module: str, model: Path, variant: str, n_threads: int, log: Path
+        self,
+        python: Path,
+        module: str,
+        model: Path,
+        variant: str,
+        n_threads: int,
+        log: Path,
+        options: Sequence[str] = (),
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         command = [str(python), "-m", f"workers.{module}"]
-        command += ["--model", str(model), "--variant", variant, "--threads", str(n_threads)]
+        command += ["--model", str(model), "--variant", variant, "--threads", str(n_threads), *options]
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 command,
@@ -42,10 +50,10 @@ class Worker:
                 text=True,
             )
 
-    def send(self, prompts: list[list[int]], n_new: int) -> None:
+    def send(self, request: dict[str, Any]) -> None:
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps({"prompts": prompts, "new_tokens": n_new}) + "\n")
+            self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             # It ended; what it said about that is still to be read.
@@ -63,14 +71,14 @@ class Worker:
         return answer
 
     def wait_until_ready(self) -> dict[str, Any]:
-        """The sizes it says it has: `weight_bytes`, `cache_bytes`."""
-        sizes = self.receive()
+        """What it says of itself once it has loaded."""
+        said = self.receive()
         self.process.send_signal(signal.SIGSTOP)
-        return sizes
+        return said
 
-    def ask(self, prompts: list[list[int]], n_new: int) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         self.process.send_signal(signal.SIGCONT)
-        self.send(prompts, n_new)
+        self.send(request)
         answer = self.receive()
         self.process.send_signal(signal.SIGSTOP)
         return answer
@@ -93,11 +101,11 @@ def cold_start(
     start = time.perf_counter()
     worker = Worker(python, module, model, variant, n_threads, log)
     try:
-        worker.send(FIRST_TOKEN.prompts(n_vocab), FIRST_TOKEN.new)
+        worker.send(FIRST_TOKEN.request(n_vocab))
         worker.receive()
         worker.receive()
         seconds = time.perf_counter() - start
-        worker.send(MEMORY.prompts(n_vocab), MEMORY.new)
+        worker.send(MEMORY.request(n_vocab))
         worker.receive()
         return seconds, worker.peak_memory()
     finally:

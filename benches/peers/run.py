@@ -17,8 +17,8 @@ from typing import Any
 import check
 import machine
 import report
-from checkpoint import SEED, Shape, write_checkpoint, write_once
-from conversions import converted, digest
+from checkpoint import Shape, digest, prepared
+from conversions import converted
 from environments import Environment, Missing, prepare
 from peers import DTYPES, GPT2RS, PEERS
 from side_by_side import Course, Entry, SideBySide
@@ -128,14 +128,7 @@ def prepare_environments(arguments: argparse.Namespace, missing: dict[str, str])
 
 def prepare_checkpoint(work: Path) -> tuple[Path, str, check.Reference]:
     """The checkpoint's folder, what identifies it, and its greedy tokens."""
-    folder = work / "checkpoint"
-    made_from: dict[str, object] = {
-        "shape": vars(SHAPE),
-        "seed": SEED,
-        "program": digest(HERE / "checkpoint.py"),
-    }
-    write_once(folder, made_from, lambda: write_checkpoint(folder, SHAPE))
-    identity = json.dumps(made_from)
+    folder, identity = prepared(work)
     reference_from: dict[str, object] = {
         "checkpoint": identity,
         "program": digest(HERE / "reference.py"),

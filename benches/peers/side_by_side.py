@@ -163,7 +163,7 @@ class SideBySide:
         return self.entries[first:] + self.entries[:first]
 
     def time(self, entry: Entry, workload: Workload, repeat: int) -> None:
-        answer = self.workers[entry.title].ask(workload.prompts(self.course.shape.n_vocab), workload.new)
+        answer = self.workers[entry.title].ask(workload.request(self.course.shape.n_vocab))
         if repeat > 0:
             speed = workload.tokens_per_second(answer["prefill_s"], answer["decode_s"])
             entry.tokens_per_second.setdefault(workload.name, []).append(speed)

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 from checkpoint import Shape
 
@@ -28,6 +29,10 @@ class Workload:
 
     def prompts(self, n_vocab: int) -> list[list[int]]:
         return [random_prompt(self.prompt, seed, n_vocab) for seed in range(self.batch)]
+
+    def request(self, n_vocab: int) -> dict[str, Any]:
+        """What a worker is asked."""
+        return request(self.prompts(n_vocab), self.new)
 
     def tokens_per_second(self, prefill_s: float, decode_s: float) -> float:
         if self.is_decode:
@@ -87,6 +92,10 @@ def select(names: tuple[str, ...], batches: tuple[int, ...] | None) -> list[Work
 CHECK = Workload("check", "greedy tokens", 4, 32, 16)
 FIRST_TOKEN = Workload("first-token", "cold start to the first token, prompt 32", 1, 32, 1)
 MEMORY = Workload("memory", "prompt 32, 32 new tokens", 1, 32, 32)
+
+
+def request(prompts: list[list[int]], n_new: int) -> dict[str, Any]:
+    return {"prompts": prompts, "new_tokens": n_new}
 
 
 def random_prompt(length: int, seed: int, n_vocab: int) -> list[int]:

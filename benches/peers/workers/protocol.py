@@ -79,13 +79,29 @@ def timed_whole(generate: Callable[[Tokens, int], Tokens]) -> Run:
     return run
 
 
-def serve(load: Callable[[str, str, int], Loaded]) -> None:
-    """Load the peer by `load(model path, variant, threads)` and answer requests until its input ends."""
+def parser() -> argparse.ArgumentParser:
+    """What every worker is told."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--variant", required=True)
     parser.add_argument("--threads", type=int, required=True)
-    arguments = parser.parse_args()
+    return parser
+
+
+def serve(load: Callable[[str, str, int], Loaded]) -> None:
+    """Load the peer by `load(model path, variant, threads)` and answer requests until its input ends."""
+    arguments = parser().parse_args()
+
+    def start() -> tuple[Answer, Callable[[Answer], Answer]]:
+        loaded = load(arguments.model, arguments.variant, arguments.threads)
+        sizes = {"weight_bytes": loaded.weight_bytes, "cache_bytes": loaded.cache_bytes}
+        return sizes, lambda request: loaded.run(request["prompts"], request["new_tokens"])
+
+    talk(start)
+
+
+def talk(start: Callable[[], tuple[Answer, Callable[[Answer], Answer]]]) -> None:
+    """Say what `start` has to say, and answer requests by the function that it gave, until the input ends."""
     # What a library prints must not fall between the answers: from here on descriptor 1 is standard error.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -94,15 +110,14 @@ def serve(load: Callable[[str, str, int], Loaded]) -> None:
         answers.write(json.dumps(message) + "\n")
 
     try:
-        loaded = load(arguments.model, arguments.variant, arguments.threads)
+        said, run = start()
     except Exception as error:
         answer({"error": f"{type(error).__name__}: {error}"})
         sys.exit(1)
-    answer({"weight_bytes": loaded.weight_bytes, "cache_bytes": loaded.cache_bytes})
+    answer(said)
     for line in sys.stdin:
-        request = json.loads(line)
         try:
-            answer(loaded.run(request["prompts"], request["new_tokens"]))
+            answer(run(json.loads(line)))
         except Exception as error:
             answer({"error": f"{type(error).__name__}: {error}"})
     # Some peers' exit handlers take long or fail; nothing is left to be saved.
