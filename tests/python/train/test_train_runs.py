@@ -263,7 +263,9 @@ class TestStep:
             ([1, 2], [2, 3], r"must be integers \(B, T\)"),
             ([[1.0]], [[2.0]], r"inputs are float64 of shape \(1, 1\)"),
             ([[1, 2]], [[2]], "must be of one shape"),
-            (np.zeros((0, 3), int), np.zeros((0, 3), int), "must be of one shape"),
+            (np.zeros((0, 3), int), np.zeros((0, 3), int), "with at least one token"),
+            ([], [], r"inputs are float64 of shape \(0,\)"),
+            ([[2**32]], [[0]], "inputs go from 4294967296 to 4294967296; ids are from 0 to 4294967295"),
             ([[-1]], [[0]], "inputs go from -1 to -1"),
             ([[1]], [[1024]], "1024|range"),
         ],
@@ -501,28 +503,27 @@ class TestFailures:
         assert contents(run.path / "best") == good
         assert list(read_log(run.log))[-1]["reason"] == "failed"
 
-    def test_gradients_that_are_no_numbers(self, settings: TrainSettings) -> None:
+    @pytest.mark.parametrize(
+        ("poisoned", "message", "last", "n_steps"),
+        [
+            # Found by the next step; after step 8 by the look at the model before it is saved.
+            (9, "the loss of step 10 is nan", "step-000008", 9),
+            (8, "the loss after step 8 is nan", "step-000006", 8),
+        ],
+    )
+    def test_weights_that_are_no_numbers_are_not_saved(
+        self, settings: TrainSettings, poisoned: int, message: str, last: str, n_steps: int
+    ) -> None:
         trainer = Trainer(settings)
 
         def poison(event: Event) -> None:
-            if isinstance(event, Step) and event.step == 9:
+            if isinstance(event, Step) and event.step == poisoned:
                 trainer.core.set_tensor("weight", "wpe.weight", np.full((32, 16), np.nan, np.float32))
 
-        with pytest.raises(Diverged, match="the loss of step 10 is nan"):
+        with pytest.raises(Diverged, match=message):
             trainer.fit([poison])
-        assert RunFolder(Path(settings.out)).last().name == "step-000008"
-        assert trainer.n_steps == 9
-
-    def test_poison_before_a_checkpoint_is_not_saved(self, settings: TrainSettings) -> None:
-        trainer = Trainer(settings)
-
-        def poison(event: Event) -> None:
-            if isinstance(event, Step) and event.step == 8:
-                trainer.core.set_tensor("weight", "wpe.weight", np.full((32, 16), np.nan, np.float32))
-
-        with pytest.raises(Diverged, match="the loss after step 8 is nan"):
-            trainer.fit([poison])
-        assert 8 not in RunFolder(Path(settings.out)).checkpoints()
+        assert RunFolder(Path(settings.out)).last().name == last
+        assert trainer.n_steps == n_steps
 
     def test_a_disk_that_is_full(self, settings: TrainSettings, tmp_path: Path) -> None:
         """The system itself refuses to write more than so much into a file."""
