@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from full_disk import filling_up
 from safetensors import safe_open
 
 import gpt2rs
@@ -323,6 +324,42 @@ class TestResume:
         assert losses(out) == losses(whole)
         assert contents(out / "best") == contents(whole / "best")
 
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"precision": "bfloat16"},
+            {"recompute": True},
+            {"precision": "bfloat16", "recompute": True, "bias": "none", "tie_word_embeddings": False},
+        ],
+        ids=lambda values: "-".join(values),
+    )
+    def test_on_other_threads_every_way_of_computing_ends_in_the_same_bits(
+        self, small: dict[str, Any], tmp_path: Path, values: dict[str, Any]
+    ) -> None:
+        small = {**small, **values, "n_layer": 3, "sample_every": 0}
+        whole = finished({**small, "n_threads": 1}, tmp_path / "whole")
+
+        def fall_over(event: Event) -> None:
+            if isinstance(event, Step) and event.step == 7:
+                raise RuntimeError("as if killed")
+
+        with pytest.raises(RuntimeError, match="as if killed"):
+            Trainer(TrainSettings(**{**small, "n_threads": 2})).fit([fall_over])
+        resumed = Trainer.resume(small["out"], n_threads=5)
+        assert (resumed.n_steps, resumed.core.n_threads) == (6, 5)
+        resumed.fit([])
+        out = Path(small["out"])
+        assert "n_threads = 5" in (out / "settings.toml").read_text()
+        for link in ("last", "best"):
+            assert contents(out / link) == contents(whole / link)
+        assert losses(out) == losses(whole)
+        # Each setting comes through to the core: rounded factors show, and what is computed again doesn't.
+        plain = {**values, "precision": "float32", "recompute": False}
+        usual = finished({**small, **plain}, tmp_path / "usual")
+        assert (losses(usual) != losses(whole)) == (values.get("precision") == "bfloat16")
+        memory = [sum(dict(Trainer.resume(folder).memory_plan).values()) for folder in (whole, usual)]
+        assert (memory[0] < memory[1]) == ("recompute" in values)
+
     def test_goes_on_with_more_steps(self, small: dict[str, Any]) -> None:
         Trainer(TrainSettings(**small)).fit([])
         trainer = Trainer.resume(small["out"], steps=15)
@@ -525,34 +562,44 @@ class TestFailures:
         assert RunFolder(Path(settings.out)).last().name == last
         assert trainer.n_steps == n_steps
 
-    def test_a_disk_that_is_full(self, settings: TrainSettings, tmp_path: Path) -> None:
-        """The system itself refuses to write more than so much into a file."""
-        run = RunFolder(Path(settings.out))
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
+    def test_a_disk_that_is_full_at_a_checkpoint(self, small: dict[str, Any], tmp_path: Path) -> None:
         def fill(event: Event) -> None:
             if isinstance(event, Step) and event.step == 7:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+                leave_room_for(50_000)
 
-        try:
-            with pytest.raises(
-                OSError, match=r"cannot write the checkpoint .*step-000008.* last good one is"
-            ) as error:
-                Trainer(settings).fit([fill])
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            signal.signal(signal.SIGXFSZ, before)
-        assert error.value.__cause__.errno == errno.EFBIG
-        assert run.last().name in str(error.value)
+        with filling_up() as leave_room_for, pytest.raises(OSError) as error:
+            Trainer(TrainSettings(**small)).fit([fill])
+        run = RunFolder(Path(small["out"]))
+        folder, why = run.path / "step-000008", os.strerror(errno.EFBIG)
+        assert str(error.value) == (
+            f"cannot write the checkpoint {folder}: {why}; the last good one is {run.last()}"
+        )
         assert not list(run.path.glob(".unfinished-*"))
-        Trainer.resume(settings.out).fit([])
-        whole = finished({**vars_of(settings)}, tmp_path / "whole")
-        assert contents(run.path / "last") == contents(whole / "last")
+        self.assert_goes_on(small, tmp_path)
 
+    def test_a_disk_that_is_full_at_the_log(self, small: dict[str, Any], tmp_path: Path) -> None:
+        run = RunFolder(Path(small["out"]))
 
-def vars_of(settings: TrainSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+        def fill(event: Event) -> None:
+            if isinstance(event, Step) and event.step == 9:
+                # For a part of the next line.
+                leave_room_for(run.log.stat().st_size + 20)
+
+        with filling_up() as leave_room_for, pytest.raises(OSError) as error:
+            Trainer(TrainSettings(**small)).fit([fill])
+        why = os.strerror(errno.EFBIG)
+        assert str(error.value) == f"cannot write the log {run.log}: {why}; the checkpoints are as they were"
+        assert run.last().name == "step-000008"
+        assert not run.log.read_text().endswith("\n")
+        self.assert_goes_on(small, tmp_path)
+
+    @staticmethod
+    def assert_goes_on(small: dict[str, Any], tmp_path: Path) -> None:
+        """To the same bits as without the failure."""
+        Trainer.resume(small["out"]).fit([])
+        whole = finished(small, tmp_path / "whole")
+        assert contents(Path(small["out"]) / "last") == contents(whole / "last")
+        assert losses(Path(small["out"])) == losses(whole)
 
 
 class TestProcesses:
