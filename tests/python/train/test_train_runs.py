@@ -159,6 +159,12 @@ class TestRun:
             Trainer(settings).fit([])
         assert contents(Path(settings.out) / "last") == before
 
+    def test_out_is_no_file(self, small: dict[str, Any], text: Path) -> None:
+        with pytest.raises(
+            FileExistsError, match=r"out is .*text\.txt, which is a file; it must be a folder"
+        ):
+            Trainer(TrainSettings(**{**small, "out": text})).fit([])
+
     def test_token_files_without_a_tokenizer(self, small: dict[str, Any], tmp_path: Path) -> None:
         np.random.default_rng(0).integers(0, 50, 4000, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
         values = {**small, "data": str(tmp_path / "tokens.bin"), "tokenizer": "none", "n_vocab": 50}
@@ -377,6 +383,10 @@ class TestResume:
             ValueError, match="n_layer is 2, and the run was started with 1; start another run"
         ):
             Trainer.resume(small["out"], n_layer=2)
+        with pytest.raises(ValueError, match="steps is 11; the run in .* has made 12 already"):
+            Trainer.resume(small["out"], steps=11)
+        with pytest.raises(ValueError, match="it was changed, or val_fraction was"):
+            Trainer.resume(small["out"], steps=13, val_fraction=0.2).fit([])
         text.write_text(text.read_text()[:-100])
         with pytest.raises(ValueError, match="the data is not what the run began with"):
             Trainer.resume(small["out"], steps=13).fit([])

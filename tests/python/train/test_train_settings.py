@@ -151,6 +151,7 @@ class TestFile:
             ("steps = ", r"settings\.toml: "),
             ("steps = -1", r"settings\.toml: steps is -1; it must be an int"),
             ("step = 1", r"settings\.toml: unknown setting 'step'; did you mean 'steps'\?"),
+            ('lr = "fast"', r"settings\.toml: lr is 'fast'; it must be a finite number, at least 0"),
             ("[model]\nn_layer = 1", r"settings\.toml: unknown setting 'model'"),
         ],
     )
@@ -159,6 +160,13 @@ class TestFile:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_settings(path)
+
+    def test_that_is_no_text_names_the_file_once(self, tmp_path: Path) -> None:
+        path = tmp_path / "settings.toml"
+        path.write_bytes(b"\xff\xfe")
+        with pytest.raises(ValueError) as error:
+            read_settings(path)
+        assert str(error.value) == f"{path}: expected UTF-8 text, invalid start byte at byte 0"
 
     def test_that_is_missing(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="no such settings file"):
