@@ -98,7 +98,7 @@ class Run:
         """Errors where the folder's run is not the trainer's, at the place where the trainer is."""
         folder, trainer = self._folder, self._trainer
         if folder.path.exists() and not folder.path.is_dir():
-            raise FileExistsError(
+            raise NotADirectoryError(
                 f"out is {folder.path}, which is a file; it must be a folder, or a new name"
             )
         if not trainer.resumed:

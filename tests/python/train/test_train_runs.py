@@ -161,7 +161,7 @@ class TestRun:
 
     def test_out_is_no_file(self, small: dict[str, Any], text: Path) -> None:
         with pytest.raises(
-            FileExistsError, match=r"out is .*text\.txt, which is a file; it must be a folder"
+            NotADirectoryError, match=r"out is .*text\.txt, which is a file; it must be a folder"
         ):
             Trainer(TrainSettings(**{**small, "out": text})).fit([])
 
@@ -383,7 +383,7 @@ class TestResume:
             ValueError, match="n_layer is 2, and the run was started with 1; start another run"
         ):
             Trainer.resume(small["out"], n_layer=2)
-        with pytest.raises(ValueError, match="steps is 11; the run in .* has made 12 already"):
+        with pytest.raises(ValueError, match=r"steps is 11; the run in .* has made 12 already"):
             Trainer.resume(small["out"], steps=11)
         with pytest.raises(ValueError, match="it was changed, or val_fraction was"):
             Trainer.resume(small["out"], steps=13, val_fraction=0.2).fit([])
