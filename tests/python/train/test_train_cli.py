@@ -17,7 +17,7 @@ from gpt2rs.train.log import read_log
 
 COMMAND = [sys.executable, "-m", "gpt2rs"]
 MODEL = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--n-ctx", "32", "--batch-size", "2"]
-BASE = [*MODEL, "--tokenizer", "shakespeare", "--steps", "5", "--lr", "0.01", "--no-plot"]
+BASE = [*MODEL, "--tokenizer", "shakespeare", "--steps", "5", "--lr", "0.01", "--n-threads", "1", "--no-plot"]
 
 
 def run(*arguments: Any) -> subprocess.CompletedProcess[str]:

@@ -250,7 +250,9 @@ class TestCorpus:
             corpus(Vocabulary.named("none"), data=text)
 
     def test_of_what_is_not_there_is_an_error(self) -> None:
-        with pytest.raises(FileNotFoundError, match="no such file or folder: nowhere"):
+        with pytest.raises(
+            FileNotFoundError, match=f"no such file or folder: nowhere, seen from {Path.cwd()}"
+        ):
             corpus(data="nowhere")
         with pytest.raises(ValueError, match="data is empty"):
             corpus()
