@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import struct
 import subprocess
 import sys
@@ -250,9 +251,7 @@ class TestCorpus:
             corpus(Vocabulary.named("none"), data=text)
 
     def test_of_what_is_not_there_is_an_error(self) -> None:
-        with pytest.raises(
-            FileNotFoundError, match=f"no such file or folder: nowhere, seen from {Path.cwd()}"
-        ):
+        with pytest.raises(FileNotFoundError, match=re.escape(f"nowhere, seen from {Path.cwd()}")):
             corpus(data="nowhere")
         with pytest.raises(ValueError, match="data is empty"):
             corpus()
