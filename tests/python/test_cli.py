@@ -90,6 +90,12 @@ def test_version() -> None:
     assert output("--version") == f"gpt2rs {gpt2rs.__version__}\n"
 
 
+def test_the_package_is_a_program() -> None:
+    command = [sys.executable, "-m", "gpt2rs", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"gpt2rs {gpt2rs.__version__}\n", "")
+
+
 def test_help_loads_no_tokenizer_and_no_hub() -> None:
     code = "import sys, gpt2rs.cli; print('tiktoken' in sys.modules, 'huggingface_hub' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,6 +13,7 @@ from .options import flag
 if TYPE_CHECKING:
     from gpt2rs.train import Trainer
 
+_RUN = "Run"
 _DATA = "Data"
 _MODEL = "Model"
 _STEPS = "Steps"
@@ -30,21 +31,25 @@ def _two_numbers(text: str) -> tuple[float, ...]:
 def train(
     data: Annotated[
         list[str] | None,
-        flag("File or folder of text, or of tokens (*.bin). May be repeated.", panel=_DATA, metavar="PATH"),
+        flag("File or folder of text, or of tokens (*.bin). May be repeated.", panel=_RUN, metavar="PATH"),
     ] = None,
-    out: Annotated[str | None, flag("The run's folder.", panel=_RUNNING, metavar="DIR")] = None,
+    out: Annotated[str | None, flag("The run's folder.", panel=_RUN, metavar="DIR")] = None,
+    resume: Annotated[
+        bool, flag("Go on with the run in --out, by its own settings.", "--resume", panel=_RUN)
+    ] = False,
+    init_from: Annotated[
+        str | None, flag("Fine-tune this folder, file or hub name.", panel=_RUN, metavar="MODEL")
+    ] = None,
     settings: Annotated[
         str | None,
-        flag("A TOML file of settings; options given besides win.", panel=_RUNNING, metavar="FILE"),
+        flag("A TOML file of settings; options given besides win.", panel=_RUN, metavar="FILE"),
     ] = None,
-    resume: Annotated[
-        bool, flag("Go on with the run in --out, by its own settings.", "--resume", panel=_RUNNING)
-    ] = False,
     val_data: Annotated[
-        list[str] | None, flag("The same as --data, held out.", panel=_DATA, metavar="PATH")
+        list[str] | None, flag("As --data, but held out.", panel=_DATA, metavar="PATH")
     ] = None,
     val_fraction: Annotated[
-        float | None, flag("Without: what part of --data, its end, is. Default: 0.05.", panel=_DATA)
+        float | None,
+        flag("Without --val-data: the part of --data, its end, to hold out. Default: 0.05.", panel=_DATA),
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -58,9 +63,6 @@ def train(
     cache_dir: Annotated[
         str | None,
         flag("Where tokenised text is kept. Default: the user's cache.", panel=_DATA, metavar="DIR"),
-    ] = None,
-    init_from: Annotated[
-        str | None, flag("Fine-tune this folder, file or hub name.", panel=_MODEL, metavar="MODEL")
     ] = None,
     preset: Annotated[
         str | None, flag("gpt2, gpt2-medium, gpt2-large or gpt2-xl. Default: gpt2.", panel=_MODEL)
@@ -136,13 +138,17 @@ def train(
         int | None, flag("Default: the cores that this process may use.", panel=_MACHINE)
     ] = None,
 ) -> None:
-    """Train a GPT-2, or fine-tune one with --init-from, and write checkpoints that every command takes.
+    """Train a GPT-2, or fine-tune one with --init-from.
 
-    The defaults are the recipe of the GPT-2 (124M) reproductions; help(gpt2rs.train.TrainSettings) has each
-    setting.  Ctrl-C saves and stops, --resume goes on to the same bits.
+    The folder has checkpoints that every command takes as a model, a log,
+    and a picture of the losses.  The defaults are the recipe of the GPT-2
+    (124M) reproductions; help(gpt2rs.train.TrainSettings) has all settings.
+    Ctrl-C saves and stops, and --resume goes on to the same bits.
 
-        gpt2rs train --data play.txt --out run --n-layer 6 --n-head 6 --n-embd 192 --n-ctx 256 --batch-size 12
-        --steps 1000
+        gpt2rs train --data play.txt --out run --batch-size 12 --steps 1000 \\
+          --n-layer 6 --n-head 6 --n-embd 192 --n-ctx 256
+
+        gpt2rs train --out run --resume
 
         gpt2rs generate --model run/best "ROMEO:"
     """

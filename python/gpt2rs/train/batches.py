@@ -23,8 +23,8 @@ class Order:
         """n_tokens: of the corpus, more than `length`, since a window's last token has a target, too."""
         if n_tokens <= length:
             raise ValueError(
-                f"the data to train on has {n_tokens} tokens; sequences of {length} tokens need "
-                f"{length + 1} at least"
+                f"the data to train on has {n_tokens} tokens, less what is held out; sequences of {length} "
+                f"tokens (n_ctx) need {length + 1} at least"
             )
         self.windows = max(1, (n_tokens - length) // length)
         self._offsets = min(length, n_tokens - self.windows * length)

@@ -28,7 +28,7 @@ def train_tokenizer(data: Sequence[str], out: Path, size: int) -> tuple[int, int
 
     Raises:
         ImportError: `tokenizers` is missing.
-        ValueError: size is below 257, or a text is not UTF-8.
+        ValueError: size is below 257, there is no text, or it is not UTF-8.
         FileExistsError: `out` has a tokenizer.
     """
     try:
@@ -41,6 +41,8 @@ def train_tokenizer(data: Sequence[str], out: Path, size: int) -> tuple[int, int
         if (out / name).exists():
             raise FileExistsError(f"{out} has a {name} already; take another folder")
     spans = whole(text_files([Path(path).expanduser() for path in data]))
+    if not any(span.end for span in spans):
+        raise ValueError(f"no text in {', '.join(str(span.path) for span in spans)}; all of it is empty")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(

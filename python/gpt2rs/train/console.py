@@ -177,7 +177,8 @@ def _heading(event: Started) -> str:
         f"{config['n_positions']} positions",
         f"data: {event.train_tokens:,} tokens to learn from, {event.val_tokens:,} held out; "
         f"{event.tokens_per_step:,} a step, {epochs:.2f} epochs in {event.steps} steps",
-        f"memory: {total / 2**20:,.0f} MiB ({parts}); {event.n_threads} threads, "
+        f"memory: {total / 2**20:,.0f} MiB ({parts}); {event.n_threads} "
+        f"thread{'' if event.n_threads == 1 else 's'}, "
         f"FMA peak {event.peak_gflops:,.0f} GFLOP/s",
     ]
     if event.step:

@@ -119,7 +119,9 @@ def _files(paths: Sequence[Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise FileNotFoundError(f"no such file or folder: {path}")
+            # A run's settings may have been written elsewhere.
+            seen_from = "" if path.is_absolute() else f", seen from {Path.cwd()}"
+            raise FileNotFoundError(f"no such file or folder: {path}{seen_from}")
     return found
 
 

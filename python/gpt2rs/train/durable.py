@@ -5,19 +5,32 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 UNFINISHED = ".unfinished-"
+_LEAVING = "old-"
+
+
+@contextmanager
+def writing(what: str, consequence: str = "") -> Iterator[None]:
+    """An OSError that names no file, as that of a full disk, says what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(f"cannot write {what}: {error.strerror}{consequence}") from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content."""
     beside = path.with_name(UNFINISHED + path.name)
     try:
-        beside.write_text(text, encoding="utf-8")
-        _sync(beside)
+        with writing(str(path)):
+            beside.write_text(text, encoding="utf-8")
+            _sync(beside)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
@@ -46,29 +59,30 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder; one that is half removed has another name."""
-    leaving = folder.with_name(f"{UNFINISHED}old-{folder.name}")
+    leaving = folder.with_name(f"{UNFINISHED}{_LEAVING}{folder.name}")
     shutil.rmtree(leaving, ignore_errors=True)
     folder.rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
 
 
 @contextmanager
-def only_one(path: Path, *, waits: bool = False) -> Iterator[None]:
+def only_one(path: Path, *, waits: bool = False) -> Iterator[bool]:
     """Hold the file `path`, made if need be; RuntimeError while another process does, unless it `waits`.
 
-    The system lets go of it when a process ends, however it does; without such locks nothing is held.
+    The system lets go of it when a process ends, however it does.  Gives whether it is held, which it is not
+    where the system has no such locks.
     """
     try:
         import fcntl
     except ImportError:
-        yield
+        yield False
         return
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             raise RuntimeError(f"another process is training in {path.parent}") from None
-        yield
+        yield True
 
 
 def link(name: Path, target: Path) -> None:
@@ -94,6 +108,19 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def sweep_unheld(folder: Path, lock: Callable[[str], Path]) -> None:
+    """The same of a folder whose entries are made under locks of their own: none that a process makes now.
+
+    lock: the file that `only_one` holds while the entry of a name is made.
+    """
+    for path in folder.glob(UNFINISHED + "*"):
+        name = path.name.removeprefix(UNFINISHED).removeprefix(_LEAVING)
+        # What others have, or may alone remove, is theirs.
+        with suppress(RuntimeError, OSError), only_one(lock(name)) as is_held:
+            if is_held:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

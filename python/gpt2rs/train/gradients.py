@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from .. import _core
+from .ids import inputs_and_targets
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
     from ..gpt2 import GPT2
@@ -31,27 +31,13 @@ def loss_and_grads(
     Raises ValueError for ids out of the vocabulary, shapes that do not fit, models held in int8 or int4,
     whose weights have no gradients, and models on a GPU.
     """
-    ids = _ids("inputs", inputs)
-    wanted = _ids("targets", targets)
-    if ids.shape != wanted.shape:
-        raise ValueError(f"inputs have shape {ids.shape} and targets {wanted.shape}; both must be (B, T)")
-    batch_size, n_tokens = ids.shape
-    if not ids.size:
-        raise ValueError(f"inputs have shape {ids.shape}; there must be at least one token")
+    x, y = inputs_and_targets(inputs, targets)
+    batch_size, n_tokens = x.shape
     if n_tokens > model.config.n_ctx:
         n_ctx = model.config.n_ctx
         raise ValueError(f"inputs have {n_tokens} tokens a sequence; the model has {n_ctx} positions (n_ctx)")
     if not isinstance(model._core, _core.Model):
         raise ValueError(f"the model is on {model.device}; gradients are computed on the CPU")
     trainer = _core.Trainer.of_model(model._core, batch_size=batch_size, n_tokens=n_tokens)
-    loss = trainer.accumulate(ids, wanted, step=0, micro_step=0, scale=1.0)
+    loss = trainer.accumulate(x, y, step=0, micro_step=0, scale=1.0)
     return loss, {name: trainer.tensor("grad", name) for name in trainer.names()}
-
-
-def _ids(name: str, values: ArrayLike) -> NDArray[np.uint32]:
-    array: NDArray[Any] = np.asarray(values)
-    if array.ndim != 2 or not (array.size == 0 or np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"{name} must be (B, T) integers, found shape {array.shape} of {array.dtype}")
-    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.uint32).max):
-        raise ValueError(f"{name} must be token ids, found values from {array.min()} to {array.max()}")
-    return array.astype(np.uint32)

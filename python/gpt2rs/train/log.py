@@ -28,11 +28,11 @@ class Log:
     def __call__(self, event: Event) -> None:
         """Append one event; OSError where the disk is full."""
         line = json.dumps({"event": type(event).__name__.lower(), **asdict(event)}, default=str)
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise type(error)(error.errno, f"cannot write the log {self._path}: {error.strerror}") from error
+        with (
+            durable.writing(f"the log {self._path}", "; the checkpoints are as they were"),
+            self._path.open("a", encoding="utf-8") as file,
+        ):
+            file.write(line + "\n")
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:

@@ -58,7 +58,10 @@ class Run:
         self._prompt = self._checked_prompt()
         before = trainer.position
         if before is not None and before.data != self._data:
-            raise ValueError("the data is not what the run began with; start another run (--init-from)")
+            raise ValueError(
+                "the data is not what the run began with: it was changed, or val_fraction was; to learn from "
+                "other data, start another run, with init_from to take the weights over"
+            )
         self._best_step = before.best_step if before else None
         self._best = before.best_val_loss if before else None
         self._seconds = before.seconds if before else 0.0
@@ -94,6 +97,10 @@ class Run:
     def _check_folder(self) -> None:
         """Errors where the folder's run is not the trainer's, at the place where the trainer is."""
         folder, trainer = self._folder, self._trainer
+        if folder.path.exists() and not folder.path.is_dir():
+            raise NotADirectoryError(
+                f"out is {folder.path}, which is a file; it must be a folder, or a new name"
+            )
         if not trainer.resumed:
             if folder.settings.exists() or folder.checkpoints():
                 raise FileExistsError(

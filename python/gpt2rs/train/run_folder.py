@@ -120,7 +120,8 @@ class RunFolder:
         except OSError as error:
             last = self.last()
             rest = f"the last good one is {last}" if last else "there is none yet"
-            raise type(error)(f"cannot write the checkpoint {folder}: {error}; {rest}") from error
+            why = error.strerror or error
+            raise type(error)(f"cannot write the checkpoint {folder}: {why}; {rest}") from error
         return folder
 
     def move(self, position: Position) -> None:

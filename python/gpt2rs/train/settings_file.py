@@ -25,8 +25,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such settings file: {path}")
+    text = read_text(path)  # which names the file itself
     try:
-        values = tomllib.loads(read_text(path))
+        values = tomllib.loads(text)
         # All of them together may still be refused, once others are added.
         TrainSettings.of(values)
     except ValueError as error:  # tomllib's own is one

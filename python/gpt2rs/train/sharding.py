@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .documents import READ_BYTES, SEPARATOR, Piece, Span, pieces
-from .durable import new_folder, only_one
+from .durable import new_folder, only_one, sweep_unheld, write_text
 from .token_files import Ids, ShardWriter, open_tokens
 from .vocabulary import Vocabulary
 
@@ -46,14 +46,18 @@ def shards_of(spans: Sequence[Span], vocabulary: Vocabulary, cache: Path, progre
     if found is not None:
         return found
     cache.mkdir(parents=True, exist_ok=True)
-    # What a killed process left of it goes when the folder is made anew.
-    with only_one(cache / f".lock-{folder.name}", waits=True):
+
+    def lock(name: str) -> Path:
+        return cache / f".lock-{name}"
+
+    sweep_unheld(cache, lock)
+    with only_one(lock(folder.name), waits=True):
         found = _kept(folder)
         if found is not None:  # another run made it in the meantime
             return found
         with new_folder(folder) as unfinished:
             about = _write(spans, vocabulary, unfinished, progress)
-            (unfinished / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            write_text(unfinished / _ABOUT, json.dumps(about, indent=2) + "\n")
     return [open_tokens(folder / name) for name in about["shards"]]
 
 

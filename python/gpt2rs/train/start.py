@@ -42,6 +42,10 @@ def go_on(settings: TrainSettings) -> Start:
     if last is None:
         return begin(settings)
     position = read_position(last)
+    if position.step > settings.steps:
+        raise ValueError(
+            f"steps is {settings.steps}; the run in {settings.out} has made {position.step} already"
+        )
     start = _load(settings, last, position)
     read_moments(start.core, last)
     return start

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from .durable import writing
+
 HEADER_BYTES = 256 * 4
 # A header has 31 bits for the number of tokens; llm.c's own shards have as many as this.
 SHARD_TOKENS = 100_000_000
@@ -97,14 +99,15 @@ class ShardWriter:
         self._in_shard = 0
 
     def write(self, ids: NDArray[np.integer]) -> None:
-        """Append ids, which go on in a new file where one is full."""
+        """Append ids, which go on in a new file where one is full; OSError, of a full disk for one."""
         ids = ids.astype(self.dtype, copy=False)
         while len(ids):
             if self._file is None:
                 self._begin_shard()
             part = ids[: self._shard_tokens - self._in_shard]
             assert self._file is not None
-            self._file.write(part.tobytes())
+            with writing(f"tokens into {self._folder}"):
+                self._file.write(part.tobytes())
             self._in_shard += len(part)
             self.n_tokens += len(part)
             ids = ids[len(part) :]
@@ -122,10 +125,11 @@ class ShardWriter:
         if self._file is None:
             return
         magic = _MAGIC[self.dtype.itemsize]
-        self._file.seek(0)
-        self._file.write(np.array([magic, _DTYPES[magic][0], self._in_shard], "<i4").tobytes())
-        self._file.close()
-        self._file = None
+        header = np.array([magic, _DTYPES[magic][0], self._in_shard], "<i4")
+        with writing(f"tokens into {self._folder}"), self._file as file:
+            self._file = None
+            file.seek(0)
+            file.write(header.tobytes())
 
     def __enter__(self) -> ShardWriter:
         """Itself."""

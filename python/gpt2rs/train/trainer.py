@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .. import _core
 from ..gpt2 import GPT2
 from .events import Callback, Step
+from .ids import inputs_and_targets
 from .interrupts import Interrupts
 from .run import Diverged, Run
 from .schedule import learning_rate
@@ -20,7 +19,8 @@ from .settings import TrainSettings
 from .start import begin, go_on, resumed
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
 
 class Trainer:
@@ -85,7 +85,7 @@ class Trainer:
         """A model of the weights as they are now, which later steps don't change."""
         return GPT2(self.core.model(dtype), folder=self.vocabulary.folder, tokenizer=self.vocabulary.encoding)
 
-    def step(self, inputs: Any, targets: Any) -> Step:
+    def step(self, inputs: ArrayLike, targets: ArrayLike) -> Step:
         """Learn from (B, T) token ids and the (B, T) ids that follow each; T is n_ctx at most.
 
         B may be any number: gradients are accumulated over batches of `settings.batch_size` sequences, each
@@ -95,11 +95,7 @@ class Trainer:
         a loss or gradients that are no numbers.
         """
         began = time.perf_counter()
-        x, y = _ids("inputs", inputs), _ids("targets", targets)
-        if x.shape != y.shape or not x.size:
-            raise ValueError(
-                f"inputs are {x.shape} and targets {y.shape}; they must be of one shape, (sequences, tokens)"
-            )
+        x, y = inputs_and_targets(inputs, targets)
         settings, step = self.settings, self.n_steps
         loss = 0.0
         try:
@@ -153,13 +149,3 @@ class Trainer:
         console = Console() if callbacks is None else None
         told = [console] if console else list(callbacks or ())
         Run(self, told, console.progress if console else lambda *_: None).run()
-
-
-def _ids(name: str, value: Any) -> NDArray[np.uint32]:
-    """(B, T) ids as the core takes them; ValueError for anything else."""
-    ids = np.asarray(value)
-    if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise ValueError(f"{name} are {ids.dtype} of shape {ids.shape}; they must be integers (B, T)")
-    if ids.size and (ids.min() < 0 or ids.max() > np.iinfo(np.uint32).max):
-        raise ValueError(f"{name} go from {ids.min()} to {ids.max()}; ids are 0 or more")
-    return np.ascontiguousarray(ids, np.uint32)

@@ -32,8 +32,8 @@ _ANY_N_VOCAB = 1 << 31
 class Vocabulary:
     """An encoding, or none.
 
-    folder, files: where its files are, and their contents by name; the folder of a run's checkpoint does not
-    stay.  None and nothing for the published encoding, which tiktoken keeps.
+    folder, files: where its files are, and their contents by name, since a checkpoint's folder may be gone by
+    the time that they are needed.  None and nothing for the published encoding, which tiktoken keeps.
     """
 
     encoding: tiktoken.Encoding | None
@@ -94,7 +94,10 @@ class Vocabulary:
         return counts
 
     def save(self, folder: Path) -> None:
-        """Write the files into `folder`: its own, else vocab.json and merges.txt that say the same."""
+        """Write the tokenizer into `folder`: the files that it was read from, where there were any.
+
+        The published encoding has none: vocab.json and merges.txt are made, which give the same ids.
+        """
         for name, content in (self.files or self._written()).items():
             (folder / name).write_bytes(content)
 

@@ -59,6 +59,8 @@ def test_the_order_is_this_one() -> None:
 
 
 def test_too_little_data_is_an_error() -> None:
-    with pytest.raises(ValueError, match="has 10 tokens; sequences of 10 tokens need 11 at least"):
+    with pytest.raises(
+        ValueError, match=r"has 10 tokens, .*; sequences of 10 tokens \(n_ctx\) need 11 at least"
+    ):
         Order(10, 10, 0)
     assert Order(11, 10, 0).start(0) == 0

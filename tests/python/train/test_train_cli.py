@@ -15,9 +15,9 @@ import pytest
 import gpt2rs
 from gpt2rs.train.log import read_log
 
-COMMAND = [sys.executable, "-m", "gpt2rs.cli"]
+COMMAND = [sys.executable, "-m", "gpt2rs"]
 MODEL = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--n-ctx", "32", "--batch-size", "2"]
-BASE = [*MODEL, "--tokenizer", "shakespeare", "--steps", "5", "--lr", "0.01", "--no-plot"]
+BASE = [*MODEL, "--tokenizer", "shakespeare", "--steps", "5", "--lr", "0.01", "--n-threads", "1", "--no-plot"]
 
 
 def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -204,6 +204,9 @@ class TestTokenizer:
         (tmp_path / "x.bin").write_bytes(b"ab")
         bins = ["tokenizer", "train", "--data", tmp_path / "x.bin", "--out", tmp_path / "other"]
         assert "a file of tokens, expected text" in error(*bins)
+        (tmp_path / "empty.txt").touch()
+        empty = ["tokenizer", "train", "--data", tmp_path / "empty.txt", "--out", tmp_path / "other"]
+        assert f"no text in {tmp_path / 'empty.txt'}" in error(*empty)
 
 
 def test_importing_the_package_loads_nothing_of_it() -> None:

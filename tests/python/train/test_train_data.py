@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from full_disk import filling_up
 from prose import prose
 
 from gpt2rs.train import TrainSettings
@@ -173,6 +180,15 @@ class TestCorpus:
             corpus(data=tmp_path / "bad.txt", val_fraction=0)
         assert [path for path in cache.iterdir() if not path.name.startswith(".lock-")] == []
 
+    def test_a_disk_that_is_full_leaves_nothing(self, text: Path, cache: Path) -> None:
+        with filling_up() as leave_room_for:
+            leave_room_for(4000)
+            with pytest.raises(OSError, match=r"cannot write tokens into .*: ") as error:
+                corpus(data=text, val_fraction=0)
+        assert error.value.__cause__.errno == errno.EFBIG
+        assert [path for path in cache.iterdir() if not path.name.startswith(".lock-")] == []
+        assert len(corpus(data=text, val_fraction=0)[0]) > 2000
+
     def test_held_out_text_is_the_end(self, text: Path) -> None:
         train, held = corpus(data=text, val_fraction=0.25)
         n_bytes = text.stat().st_size
@@ -235,7 +251,83 @@ class TestCorpus:
             corpus(Vocabulary.named("none"), data=text)
 
     def test_of_what_is_not_there_is_an_error(self) -> None:
-        with pytest.raises(FileNotFoundError, match="no such file or folder: nowhere"):
+        with pytest.raises(FileNotFoundError, match=re.escape(f"nowhere, seen from {Path.cwd()}")):
             corpus(data="nowhere")
         with pytest.raises(ValueError, match="data is empty"):
             corpus()
+
+
+# A process that tokenises the text it is given.  It says "missing" or "found" when it has looked for the
+# shards, "writing" when it begins to make them, which it does once it is told to, and at the end the ids.
+TOKENISING = """
+import sys
+from gpt2rs.train import TrainSettings, sharding
+from gpt2rs.train.corpus import open_corpus
+from gpt2rs.train.vocabulary import Vocabulary
+
+def look(folder, own=sharding._kept):
+    found = own(folder)
+    print("missing" if found is None else "found", flush=True)
+    return found
+
+def write(*arguments, own=sharding._write):
+    print("writing", flush=True)
+    sys.stdin.readline()
+    return own(*arguments)
+
+sharding._kept, sharding._write = look, write
+settings = TrainSettings(data=sys.argv[1], val_fraction=0)
+tokens, _ = open_corpus(settings, Vocabulary.named("shakespeare"), 1024)
+print(tokens.read(0, len(tokens)).tolist())
+"""
+
+
+class TestProcesses:
+    @pytest.fixture
+    def start(self) -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
+        with ExitStack() as stack:
+
+            def start(text: Path) -> subprocess.Popen[str]:
+                command = [sys.executable, "-c", TOKENISING, str(text)]
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+                )
+                stack.enter_context(process)
+                stack.callback(process.kill)
+                return process
+
+            yield start
+
+    @staticmethod
+    def says(process: subprocess.Popen[str], *lines: str) -> None:
+        assert [process.stdout.readline().strip() for _ in lines] == list(lines)
+
+    def test_two_that_want_the_same_tokens_make_them_once(
+        self, text: Path, start: Callable[[Path], subprocess.Popen[str]]
+    ) -> None:
+        first = start(text)
+        self.says(first, "missing", "missing", "writing")
+        second = start(text)
+        self.says(second, "missing")
+        first.stdin.write("\n")
+        # It looks once more when it may write, and has nothing left to do.
+        self.says(second, "found")
+        expected = str(ids_of(corpus(data=text, val_fraction=0)[0]))
+        self.says(first, expected)
+        self.says(second, expected)
+
+    def test_what_a_killed_one_left_is_swept_and_no_other(
+        self, text: Path, cache: Path, tmp_path: Path, start: Callable[[Path], subprocess.Popen[str]]
+    ) -> None:
+        process = start(text)
+        self.says(process, "missing", "missing", "writing")
+        (unfinished,) = cache.glob(".unfinished-*")
+        for number in (2, 3):
+            (tmp_path / f"{number}.txt").write_text(prose(number, 50))
+        corpus(data=tmp_path / "2.txt", val_fraction=0)
+        assert unfinished.is_dir()
+        process.kill()
+        process.wait()
+        corpus(data=tmp_path / "3.txt", val_fraction=0)
+        assert not list(cache.glob(".unfinished-*"))
+        assert len(list(cache.glob("*/corpus.json"))) == 2

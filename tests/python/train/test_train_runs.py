@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from full_disk import filling_up
 from safetensors import safe_open
 
 import gpt2rs
@@ -158,6 +159,12 @@ class TestRun:
             Trainer(settings).fit([])
         assert contents(Path(settings.out) / "last") == before
 
+    def test_out_is_no_file(self, small: dict[str, Any], text: Path) -> None:
+        with pytest.raises(
+            NotADirectoryError, match=r"out is .*text\.txt, which is a file; it must be a folder"
+        ):
+            Trainer(TrainSettings(**{**small, "out": text})).fit([])
+
     def test_token_files_without_a_tokenizer(self, small: dict[str, Any], tmp_path: Path) -> None:
         np.random.default_rng(0).integers(0, 50, 4000, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
         values = {**small, "data": str(tmp_path / "tokens.bin"), "tokenizer": "none", "n_vocab": 50}
@@ -263,7 +270,9 @@ class TestStep:
             ([1, 2], [2, 3], r"must be integers \(B, T\)"),
             ([[1.0]], [[2.0]], r"inputs are float64 of shape \(1, 1\)"),
             ([[1, 2]], [[2]], "must be of one shape"),
-            (np.zeros((0, 3), int), np.zeros((0, 3), int), "must be of one shape"),
+            (np.zeros((0, 3), int), np.zeros((0, 3), int), "with at least one token"),
+            ([], [], r"inputs are float64 of shape \(0,\)"),
+            ([[2**32]], [[0]], "inputs go from 4294967296 to 4294967296; ids are from 0 to 4294967295"),
             ([[-1]], [[0]], "inputs go from -1 to -1"),
             ([[1]], [[1024]], "1024|range"),
         ],
@@ -321,6 +330,42 @@ class TestResume:
         assert losses(out) == losses(whole)
         assert contents(out / "best") == contents(whole / "best")
 
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"precision": "bfloat16"},
+            {"recompute": True},
+            {"precision": "bfloat16", "recompute": True, "bias": "none", "tie_word_embeddings": False},
+        ],
+        ids=lambda values: "-".join(values),
+    )
+    def test_on_other_threads_every_way_of_computing_ends_in_the_same_bits(
+        self, small: dict[str, Any], tmp_path: Path, values: dict[str, Any]
+    ) -> None:
+        small = {**small, **values, "n_layer": 3, "sample_every": 0}
+        whole = finished({**small, "n_threads": 1}, tmp_path / "whole")
+
+        def fall_over(event: Event) -> None:
+            if isinstance(event, Step) and event.step == 7:
+                raise RuntimeError("as if killed")
+
+        with pytest.raises(RuntimeError, match="as if killed"):
+            Trainer(TrainSettings(**{**small, "n_threads": 2})).fit([fall_over])
+        resumed = Trainer.resume(small["out"], n_threads=5)
+        assert (resumed.n_steps, resumed.core.n_threads) == (6, 5)
+        resumed.fit([])
+        out = Path(small["out"])
+        assert "n_threads = 5" in (out / "settings.toml").read_text()
+        for link in ("last", "best"):
+            assert contents(out / link) == contents(whole / link)
+        assert losses(out) == losses(whole)
+        # Each setting comes through to the core: rounded factors show, and what is computed again doesn't.
+        plain = {**values, "precision": "float32", "recompute": False}
+        usual = finished({**small, **plain}, tmp_path / "usual")
+        assert (losses(usual) != losses(whole)) == (values.get("precision") == "bfloat16")
+        memory = [sum(dict(Trainer.resume(folder).memory_plan).values()) for folder in (whole, usual)]
+        assert (memory[0] < memory[1]) == ("recompute" in values)
+
     def test_goes_on_with_more_steps(self, small: dict[str, Any]) -> None:
         Trainer(TrainSettings(**small)).fit([])
         trainer = Trainer.resume(small["out"], steps=15)
@@ -338,6 +383,10 @@ class TestResume:
             ValueError, match="n_layer is 2, and the run was started with 1; start another run"
         ):
             Trainer.resume(small["out"], n_layer=2)
+        with pytest.raises(ValueError, match=r"steps is 11; the run in .* has made 12 already"):
+            Trainer.resume(small["out"], steps=11)
+        with pytest.raises(ValueError, match="it was changed, or val_fraction was"):
+            Trainer.resume(small["out"], steps=13, val_fraction=0.2).fit([])
         text.write_text(text.read_text()[:-100])
         with pytest.raises(ValueError, match="the data is not what the run began with"):
             Trainer.resume(small["out"], steps=13).fit([])
@@ -501,57 +550,66 @@ class TestFailures:
         assert contents(run.path / "best") == good
         assert list(read_log(run.log))[-1]["reason"] == "failed"
 
-    def test_gradients_that_are_no_numbers(self, settings: TrainSettings) -> None:
+    @pytest.mark.parametrize(
+        ("poisoned", "message", "last", "n_steps"),
+        [
+            # Found by the next step; after step 8 by the look at the model before it is saved.
+            (9, "the loss of step 10 is nan", "step-000008", 9),
+            (8, "the loss after step 8 is nan", "step-000006", 8),
+        ],
+    )
+    def test_weights_that_are_no_numbers_are_not_saved(
+        self, settings: TrainSettings, poisoned: int, message: str, last: str, n_steps: int
+    ) -> None:
         trainer = Trainer(settings)
 
         def poison(event: Event) -> None:
-            if isinstance(event, Step) and event.step == 9:
+            if isinstance(event, Step) and event.step == poisoned:
                 trainer.core.set_tensor("weight", "wpe.weight", np.full((32, 16), np.nan, np.float32))
 
-        with pytest.raises(Diverged, match="the loss of step 10 is nan"):
+        with pytest.raises(Diverged, match=message):
             trainer.fit([poison])
-        assert RunFolder(Path(settings.out)).last().name == "step-000008"
-        assert trainer.n_steps == 9
+        assert RunFolder(Path(settings.out)).last().name == last
+        assert trainer.n_steps == n_steps
 
-    def test_poison_before_a_checkpoint_is_not_saved(self, settings: TrainSettings) -> None:
-        trainer = Trainer(settings)
-
-        def poison(event: Event) -> None:
-            if isinstance(event, Step) and event.step == 8:
-                trainer.core.set_tensor("weight", "wpe.weight", np.full((32, 16), np.nan, np.float32))
-
-        with pytest.raises(Diverged, match="the loss after step 8 is nan"):
-            trainer.fit([poison])
-        assert 8 not in RunFolder(Path(settings.out)).checkpoints()
-
-    def test_a_disk_that_is_full(self, settings: TrainSettings, tmp_path: Path) -> None:
-        """The system itself refuses to write more than so much into a file."""
-        run = RunFolder(Path(settings.out))
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
+    def test_a_disk_that_is_full_at_a_checkpoint(self, small: dict[str, Any], tmp_path: Path) -> None:
         def fill(event: Event) -> None:
             if isinstance(event, Step) and event.step == 7:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+                leave_room_for(50_000)
 
-        try:
-            with pytest.raises(
-                OSError, match=r"cannot write the checkpoint .*step-000008.* last good one is"
-            ) as error:
-                Trainer(settings).fit([fill])
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            signal.signal(signal.SIGXFSZ, before)
-        assert error.value.__cause__.errno == errno.EFBIG
-        assert run.last().name in str(error.value)
+        with filling_up() as leave_room_for, pytest.raises(OSError) as error:
+            Trainer(TrainSettings(**small)).fit([fill])
+        run = RunFolder(Path(small["out"]))
+        folder, why = run.path / "step-000008", os.strerror(errno.EFBIG)
+        assert str(error.value) == (
+            f"cannot write the checkpoint {folder}: {why}; the last good one is {run.last()}"
+        )
         assert not list(run.path.glob(".unfinished-*"))
-        Trainer.resume(settings.out).fit([])
-        whole = finished({**vars_of(settings)}, tmp_path / "whole")
-        assert contents(run.path / "last") == contents(whole / "last")
+        self.assert_goes_on(small, tmp_path)
 
+    def test_a_disk_that_is_full_at_the_log(self, small: dict[str, Any], tmp_path: Path) -> None:
+        run = RunFolder(Path(small["out"]))
 
-def vars_of(settings: TrainSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+        def fill(event: Event) -> None:
+            if isinstance(event, Step) and event.step == 9:
+                # For a part of the next line.
+                leave_room_for(run.log.stat().st_size + 20)
+
+        with filling_up() as leave_room_for, pytest.raises(OSError) as error:
+            Trainer(TrainSettings(**small)).fit([fill])
+        why = os.strerror(errno.EFBIG)
+        assert str(error.value) == f"cannot write the log {run.log}: {why}; the checkpoints are as they were"
+        assert run.last().name == "step-000008"
+        assert not run.log.read_text().endswith("\n")
+        self.assert_goes_on(small, tmp_path)
+
+    @staticmethod
+    def assert_goes_on(small: dict[str, Any], tmp_path: Path) -> None:
+        """To the same bits as without the failure."""
+        Trainer.resume(small["out"]).fit([])
+        whole = finished(small, tmp_path / "whole")
+        assert contents(Path(small["out"]) / "last") == contents(whole / "last")
+        assert losses(Path(small["out"])) == losses(whole)
 
 
 class TestProcesses:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from decimal import Context, Decimal, localcontext
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +69,51 @@ def test_batching() -> None:
         TrainSettings(tokens_per_step=500).batching(256)
 
 
+PI = Decimal("3.14159265358979323846264338327950288419716939937510582097")
+
+
+def cosine(x: Fraction) -> Decimal:
+    """cos(pi x) for x from 0 to 1, by its series."""
+    z = (PI * x.numerator / x.denominator) ** 2
+    term, total = Decimal(1), Decimal(0)
+    for n in range(1, 80, 2):
+        total += term
+        term *= -z / (n * (n + 1))
+    return total
+
+
 class TestSchedule:
-    def test_warms_up_in_a_line_and_falls_as_a_cosine(self) -> None:
-        settings = TrainSettings(steps=110, warmup=10, lr=1.0, min_lr=0.1)
-        rates = [learning_rate(step, settings) for step in range(110)]
-        assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-        assert rates[10] == 1.0
-        # The cosine's middle lies between steps 59 and 60; its end is the last step.
-        assert (rates[59] + rates[60]) / 2 == pytest.approx(0.55)
-        assert rates[109] == pytest.approx(0.1)
-        assert rates[10:] == sorted(rates[10:], reverse=True)
+    @given(st.integers(0, 50), st.integers(2, 3000), st.floats(1e-6, 1), st.floats(0, 1))
+    def test_warms_up_in_a_line_and_falls_as_a_cosine(
+        self, warmup: int, steps: int, lr: float, share: float
+    ) -> None:
+        settings = TrainSettings(steps=warmup + steps, warmup=warmup, lr=lr, min_lr=lr * share)
+        rates = [learning_rate(step, settings) for step in range(settings.steps)]
+        assert rates[:warmup] == pytest.approx([lr * (i + 1) / warmup for i in range(warmup)], rel=1e-15)
+        assert rates[warmup] == lr
+        assert rates[-1] == settings.min_lr
+        if warmup:
+            assert rates[warmup - 1] == lr
+        assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+        for i in range(0, steps, max(1, steps // 7)):
+            with localcontext(Context(prec=50)):
+                half = (1 + cosine(Fraction(i, steps - 1))) / 2
+                exact = Decimal(lr * share) + (Decimal(lr) - Decimal(lr * share)) * half
+                # In units of 2**-53 of lr: 1 for the place in the wave, 3 for the half wave, which is 0.5 at
+                # most, 1 for its product with the difference, 1 for the sum.
+                assert abs(Decimal(rates[warmup + i]) - exact) <= 6 * Decimal(lr) * Decimal(2) ** -53
+
+    def test_is_these_bits(self) -> None:
+        """On every machine: a resumed run relies on it."""
+        settings = TrainSettings(steps=3000, warmup=100, lr=2e-3)
+        assert [learning_rate(step, settings).hex() for step in (0, 98, 700, 1549, 1550, 2900)] == [
+            "0x1.4f8b588e368f1p-16",
+            "0x1.0385c67dfe32ap-9",
+            "0x1.dc25f715c88eap-10",
+            "0x1.207c79fad65e4p-10",
+            "0x1.203b063997679p-10",
+            "0x1.ae483a9195955p-13",
+        ]
 
     @given(st.integers(0, 50), st.integers(0, 60), st.integers(0, 100))
     def test_stays_in_range_whatever_the_lengths(self, steps: int, warmup: int, step: int) -> None:
@@ -114,6 +151,7 @@ class TestFile:
             ("steps = ", r"settings\.toml: "),
             ("steps = -1", r"settings\.toml: steps is -1; it must be an int"),
             ("step = 1", r"settings\.toml: unknown setting 'step'; did you mean 'steps'\?"),
+            ('lr = "fast"', r"settings\.toml: lr is 'fast'; it must be a finite number, at least 0"),
             ("[model]\nn_layer = 1", r"settings\.toml: unknown setting 'model'"),
         ],
     )
@@ -122,6 +160,13 @@ class TestFile:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_settings(path)
+
+    def test_that_is_no_text_names_the_file_once(self, tmp_path: Path) -> None:
+        path = tmp_path / "settings.toml"
+        path.write_bytes(b"\xff\xfe")
+        with pytest.raises(ValueError) as error:
+            read_settings(path)
+        assert str(error.value) == f"{path}: expected UTF-8 text, invalid start byte at byte 0"
 
     def test_that_is_missing(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="no such settings file"):
