@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
+# Bounds and reference checkpoints are those of the tests.
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "python"))
+import error_bounds
 import gpt2rs
+from golden_cases import CASES, expected, generations
 from gpt2rs.cuda import compiler
 from gpt2rs.cuda.availability import device as find_device
 from gpt2rs.cuda.gpu import Gpu
 from gpt2rs.cuda.machine import Launch
-
-ROOT = Path(__file__).parents[2]
-
 
 # Prompts of a batch: each so many tokens longer than the one before, up to a number where it begins anew.
 PROMPTS = (37, 200)
@@ -34,31 +35,41 @@ class NotRun(Exception):
 
 
 def golden(device: str, names: Sequence[str] | None = None) -> str:
-    """Logits of the reference checkpoints, or those named, against transformers in float64, and texts."""
-    sys.path.insert(0, str(ROOT / "tests" / "python"))
-    from golden_cases import CASES, expected, generations
-    from test_golden import bound
-
+    """Logits of the reference checkpoints, or those named, against transformers in float64 and against the
+    CPU, by the bounds that the tests hold the kernels to on the host; and texts."""
     chosen = list(CASES) if names is None else names
-    worst, n_texts = 0.0, 0
+    worst = {"transformers": 0.0, "the CPU": 0.0}
+    n_texts = 0
     for name in chosen:
-        want = expected(name)
+        want, runs = expected(name), generations(name)
         for dtype in ("float32", "bfloat16"):
-            model = gpt2rs.GPT2.from_pretrained(CASES[name], dtype=dtype, device=device)
-            for ids, logits in zip(want["input_ids"], want["logits"], strict=True):
-                error = np.abs(model.logits(ids) - logits).max()
-                allowed = bound(model.config, np.abs(logits).max(), rounded=dtype == "bfloat16")
-                worst = max(worst, float(error / allowed))
-                if not error <= allowed:
-                    raise Wrong(f"{name}, {dtype}: logits are off by {error:.3g}, by {allowed:.3g} at most")
-        model = gpt2rs.GPT2.from_pretrained(CASES[name], dtype="float32", device=device)
-        for run in generations(name):
-            found = model.generate(run["prompt"], **run["kwargs"]).tokens
-            if found != run["tokens"]:
-                raise Wrong(f"{name}, {run['name']}: {found} instead of {run['tokens']}")
-            n_texts += 1
-    errors = f"logits within {100 * worst:.0f} % of their bound"
-    return f"{len(chosen)} checkpoints in float32 and bfloat16, {errors}; {n_texts} texts are the same"
+            model, cpu = (
+                gpt2rs.GPT2.from_pretrained(CASES[name], dtype=dtype, device=where)
+                for where in (device, "cpu")
+            )
+            for ids, exact in zip(want["input_ids"], want["logits"], strict=True):
+                found, scale = model.logits(ids), float(np.abs(exact).max())
+                bounds = {
+                    "transformers": error_bounds.cuda(model._core, scale, rounded=dtype == "bfloat16"),
+                    "the CPU": error_bounds.apart(model._core, scale),
+                }
+                for whose, other in (("transformers", exact), ("the CPU", cpu.logits(ids))):
+                    error = float(np.abs(found - other).max())
+                    worst[whose] = max(worst[whose], error / bounds[whose])
+                    if not error <= bounds[whose]:
+                        told = f"{error:.3g} from {whose}, {bounds[whose]:.3g} at most"
+                        raise Wrong(f"{name}, {dtype}: logits are {told}")
+            # What transformers wrote; in bfloat16, what the CPU writes, where nothing is drawn.
+            texts = [(run, run["tokens"]) for run in runs]
+            if dtype == "bfloat16":
+                texts = [(run, cpu.generate(run["prompt"], **run["kwargs"]).tokens) for run in runs[:1]]
+            for run, text in texts:
+                written = model.generate(run["prompt"], **run["kwargs"]).tokens
+                if written != text:
+                    raise Wrong(f"{name}, {dtype}, {run['name']}: {written} instead of {text}")
+            n_texts += len(texts)
+    shares = " and ".join(f"{100 * share:.0f} % of the bound from {whose}" for whose, share in worst.items())
+    return f"{len(chosen)} checkpoints in float32 and bfloat16, up to {shares}; {n_texts} texts are the same"
 
 
 def batch_invariance(model: gpt2rs.GPT2, n_sequences: int) -> str:
@@ -88,9 +99,7 @@ def batch_invariance(model: gpt2rs.GPT2, n_sequences: int) -> str:
 
 def mma_invariance(device: str, n_trials: int = 4096, n_steps: int = 16) -> str:
     """One column in each of the eight places of an MMA, and one row in each of the sixteen: the same bits."""
-    which = find_device(int(device.partition(":")[2] or 0))
-    arch = compiler.architecture(which.major, which.minor)
-    gpu = Gpu(which, arch, compiler.build([places_source()], arch))
+    gpu = places_gpu(device)
     rng = np.random.default_rng(0)
     # Words a step: of the matrix that stays, of the column or row, and of what stands around it.
     for kernel, words, n_places, n_sums in (("columns", (128, 8, 64), 8, 16), ("rows", (64, 8, 128), 16, 8)):
@@ -106,9 +115,54 @@ def mma_invariance(device: str, n_trials: int = 4096, n_steps: int = 16) -> str:
             raise Wrong(f"{kernel}: the sums are not those of random numbers")
         for place in range(1, n_places):
             if not same_bits(sums[:, 0], sums[:, place]):
-                raise Wrong(f"{which}: {kernel} have other bits in place {place} than in place 0")
-    chains = f"{n_trials} chains of {n_steps} mma.m16n8k16 on {arch}"
+                raise Wrong(f"{gpu.name}: {kernel} have other bits in place {place} than in place 0")
+    chains = f"{n_trials} chains of {n_steps} mma.m16n8k16 on {gpu.arch}"
     return f"{chains}: columns and rows have the same bits in all places"
+
+
+def mma_errors(device: str, n_trials: int = 1024, n_steps: int = 32) -> str:
+    """What chains of MMA are off by, of random numbers and of the worst: sums beside which all products are
+    lost.  The bounds rest on what is known of the architectures that there are; a new one is seen here."""
+    gpu = places_gpu(device)
+    rng = np.random.default_rng(0)
+    shapes = (n_trials, n_steps, 16, 16), (n_trials, n_steps, 16)
+    numbers = {
+        "random": tuple(bfloat16_values(bfloat16_words(rng, int(np.prod(s)) // 2)).reshape(s) for s in shapes)
+    }
+    for power in (-23, -24, -25):
+        a, column = np.full(shapes[0], 2.0 ** (power + 12)), np.full(shapes[1], (1 - 2.0**-8) * 2.0**-12)
+        a[:, 0, :, 0] = column[:, 0, 0] = 1
+        numbers[f"below 2^{power} beside 1"] = a, column
+    said = []
+    for kind, (a, column) in numbers.items():
+        # As lanes hold it: row 8 h + g, k 8 i + 2 t + e is half e of word 2 i + h of lane 4 g + t.
+        lanes = a.reshape(n_trials, n_steps, 2, 8, 2, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6)
+        words = [bfloat16_bits(np.ascontiguousarray(part)) for part in (lanes, column)]
+        words.append(np.zeros(n_trials * n_steps * 64, np.uint32))
+        buffers = [gpu.alloc(array.nbytes) for array in words]
+        for buffer, array in zip(buffers, words, strict=True):
+            gpu.upload(buffer, array)
+        sums = np.empty((n_trials, 8, 16), np.float32)
+        out = gpu.alloc(sums.nbytes)
+        gpu.launch(Launch("columns", (n_trials, 1, 1), 32, 0, (*buffers, out, n_steps)))
+        gpu.download(out, sums)
+        exact, size = (
+            np.einsum("nsrk,nsk->nr", *each) for each in ((a, column), (np.abs(a), np.abs(column)))
+        )
+        worst = (np.abs(sums[:, 0] - exact) / size).max() / error_bounds.grown(error_bounds.MMA * n_steps)
+        if not worst <= 1:
+            raise Wrong(
+                f"{gpu.arch}: sums of {n_steps} mma, {kind}, are off by {worst:.3g} times their bound"
+            )
+        said.append(f"{kind} {100 * worst:.0f} %")
+    return f"chains of {n_steps} mma.m16n8k16 on {gpu.arch}, of their bound: {', '.join(said)}"
+
+
+def places_gpu(device: str) -> Gpu:
+    """The GPU, with the kernels of places.cu."""
+    which = find_device(int(device.partition(":")[2] or 0))
+    arch = compiler.architecture(which.major, which.minor)
+    return Gpu(which, arch, compiler.build([places_source()], arch))
 
 
 def places_source() -> compiler.Source:
@@ -121,6 +175,16 @@ def bfloat16_words(rng: np.random.Generator, n: int) -> np.ndarray:
     """(n,) uint32, two bfloat16 each, of sizes from 2^-12 to 2^12: sums round at every step."""
     values = rng.standard_normal(2 * n, np.float32) * np.exp2(rng.integers(-12, 13, 2 * n)).astype(np.float32)
     return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint32)
+
+
+def bfloat16_values(words: np.ndarray) -> np.ndarray:
+    """(2 n,) float64 of n words, the low half first."""
+    return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """The words of values that bfloat16 holds."""
+    return (values.astype(np.float32).reshape(-1).view(np.uint32) >> 16).astype(np.uint16).view(np.uint32)
 
 
 TINY = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 512, "n_positions": 128}

@@ -153,6 +153,7 @@ class Run:
         rows = correctness.checked(
             {
                 "places in an MMA": partial(correctness.mma_invariance, device),
+                "errors of an MMA": partial(correctness.mma_errors, device),
                 "golden cases": partial(correctness.golden, device),
                 "one answer": partial(correctness.batch_invariance, model, max(self.options.batches)),
                 "memcheck": partial(correctness.sanitizer, "memcheck", device),

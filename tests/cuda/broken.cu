@@ -83,7 +83,8 @@ KERNEL(64, 1) never_waits(Global<const float> from, Global<float>) { load16_stre
 KERNEL(32, 1) product(Global<const u32> a, Global<const u32> b, Global<float> d) {
     previous_done();
     u32 g = threadIdx.x / 4, t = threadIdx.x % 4;
-    float sums[4] = {0, 0, 0, 0};
+    float sums[4];
+    for (u32 i = 0; i < 4; ++i) sums[i] = d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
     u32 words[4] = {a[g * 8 + t], a[(g + 8) * 8 + t], a[g * 8 + t + 4], a[(g + 8) * 8 + t + 4]};
     mma(sums, words, b[g * 8 + t], b[g * 8 + t + 4]);
     for (u32 i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];

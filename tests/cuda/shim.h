@@ -8,6 +8,8 @@
 // calls previous_done, it may read weights and nothing else. The first fault ends the launch, with one sentence.
 #pragma once
 
+#include "tensor_core.h"
+
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
@@ -82,6 +84,7 @@ inline u64 random_state;
 inline std::string fault;
 inline const char* kernel_name = "";
 inline void (*body)();
+inline TensorCore tensor_core;
 
 inline u32 random_below(u32 n) {
     random_state ^= random_state << 13;
@@ -438,9 +441,7 @@ DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
             for (u32 i = 0; i < 4; ++i) b[2 * t + i % 2 + 8 * (i / 2)][g] = shim::widened(words[4 + i / 2], i % 2);
             for (u32 i = 0; i < 4; ++i) memcpy(&d[g + 8 * (i / 2)][2 * t + i % 2], &words[6 + i], 4);
         }
-        for (u32 m = 0; m < 16; ++m)
-            for (u32 k = 0; k < 16; ++k)
-                for (u32 n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
+        shim::add_products(shim::tensor_core, a, b, d);
         for (u32 lane = 0; lane < 32; ++lane) {
             u32 g = lane / 4, t = lane % 4;
             for (u32 i = 0; i < 4; ++i) memcpy(&lanes[lane].words[6 + i], &d[g + 8 * (i / 2)][2 * t + i % 2], 4);
@@ -568,6 +569,9 @@ void shim_free(void* memory) {
     shim::regions.erase(reinterpret_cast<uintptr_t>(memory));
     free(memory);
 }
+
+// How tensor cores add in the launches that follow.
+void shim_tensor_core(int step, int fraction) { shim::tensor_core = {step, fraction}; }
 
 // Runs one launch; null, or what went wrong.
 const char* shim_launch(const char* name, const u32* grid, u32 block, u32 smem, const shim::Argument* arguments,

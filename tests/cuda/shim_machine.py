@@ -19,6 +19,16 @@ from gpt2rs.cuda.machine import Buffer, Launch
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 _KERNEL = re.compile(r"^KERNEL\((\d+), \d+\)\s*(\w+)\(", re.MULTILINE)
+# How tensor cores add (tensor_core.h): products of a step, bits below the leading one; "host" adds floats.
+TENSOR_CORES = {
+    "host": (0, 0),
+    "sm_80": (8, 24),
+    "sm_86": (8, 24),
+    "sm_89": (8, 24),
+    "sm_90": (16, 25),
+    "sm_100": (16, 25),
+    "sm_120": (16, 25),
+}
 _KERNEL_OF_PARTS = re.compile(r"KERNEL\((\d+), \d+\)[\s\\]*(\w+_)##parts_\(")
 
 
@@ -74,6 +84,8 @@ def build(sources: Sequence[Path], folder: Path) -> ctypes.CDLL:
     shim.shim_alloc.restype = ctypes.c_void_p
     shim.shim_alloc.argtypes = [ctypes.c_uint64]
     shim.shim_free.argtypes = [ctypes.c_void_p]
+    shim.shim_tensor_core.restype = None
+    shim.shim_tensor_core.argtypes = [ctypes.c_int, ctypes.c_int]
     shim.shim_launch.restype = ctypes.c_char_p
     shim.shim_launch.argtypes = [
         ctypes.c_char_p,
@@ -129,17 +141,20 @@ class ShimGraph:
 
 
 class ShimMachine:
-    """Runs kernels at once, one thread after the other, in an order that `seed` shuffles."""
+    """Runs kernels at once, one thread after the other, in an order that `seed` shuffles.
 
-    def __init__(self, shim: ctypes.CDLL | None = None, seed: int = 0) -> None:
+    Tensor cores add as those of `arch` do, one of `TENSOR_CORES`.
+    """
+
+    def __init__(self, shim: ctypes.CDLL | None = None, seed: int = 0, arch: str = "host") -> None:
         self._shim = shim or package_kernels()
         self._seed = seed
+        self.arch = arch
         self.n_launched = 0
         self.kernels: set[str] = set()
 
     name = "host shim"
     device = "cuda:0"
-    arch = "host"
     n_sm = 4
 
     def alloc(self, n_bytes: int) -> ShimBuffer:
@@ -171,6 +186,7 @@ class ShimMachine:
                 argument.kind, argument.bits = b"b", value.address
         self.n_launched += 1
         self.kernels.add(launch.kernel)
+        self._shim.shim_tensor_core(*TENSOR_CORES[self.arch])
         fault = self._shim.shim_launch(
             launch.kernel.encode(),
             (ctypes.c_uint32 * 3)(*launch.grid),

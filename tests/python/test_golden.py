@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import error_bounds
 import gpt2rs
 from golden_cases import CASES, expected, generations
-
-UNIT_FLOAT32, UNIT_BFLOAT16 = 2.0**-24, 2.0**-8
 
 
 @functools.cache
@@ -19,25 +18,12 @@ def load(name: str, dtype: str | None = None, kv_dtype: str | None = None) -> gp
     return gpt2rs.GPT2.from_pretrained(CASES[name], dtype=dtype, kv_dtype=kv_dtype)
 
 
-def bound(config: gpt2rs.Config, scale: float, *, rounded: bool) -> float:
-    """Largest error to expect of values of size `scale`, against exact arithmetic on the file's numbers.
-
-    A float32 sum of K products is off by about unit * sqrt(K) of its size: its roundings add up like a
-    random walk.  Weights and caches `rounded` to bfloat16 put it off by unit of its size, as errors add up no
-    faster than the products.  This happens once in every layer and once more in the head.  Without the
-    scaling of scores, attention's exponential makes errors sqrt(HS) times as large.  The factors 2 and 8
-    cover the largest of some 10,000 values.
-    """
-    longest = max(config.n_inner, 3 * config.n_embd)
-    unit = 2 * UNIT_FLOAT32 * np.sqrt(longest) + (8 * UNIT_BFLOAT16 if rounded else 0)
-    sharpness = 1 if config.scale_attn_weights else np.sqrt(config.head_size)
-    return unit * (1 + config.n_layer) * sharpness * scale
-
-
 def close(got: np.ndarray, want: np.ndarray, config: gpt2rs.Config, *, rounded: bool = False) -> None:
     assert got.dtype == np.float32
     assert got.shape == want.shape
-    np.testing.assert_allclose(got, want, rtol=0, atol=bound(config, np.abs(want).max(), rounded=rounded))
+    np.testing.assert_allclose(
+        got, want, rtol=0, atol=error_bounds.cpu(config, np.abs(want).max(), rounded=rounded)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

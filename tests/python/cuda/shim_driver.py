@@ -38,6 +38,8 @@ class ShimDriver(FakeDriver):
         super().__init__()
         self._shim = shim
         self.kinds: dict[str, bytes] = {}
+        # How tensor cores add: one of `TENSOR_CORES`, or another.
+        self.adds = shim_machine.TENSOR_CORES["host"]
         self._n_launched = 0
         self.kernels = {name: Kernel(size, self._runner(name)) for name, size in sizes.items()}
 
@@ -55,6 +57,7 @@ class ShimDriver(FakeDriver):
                 argument.kind, argument.bits = bytes([kind]), int.from_bytes(value, "little")
             self._n_launched += 1
             place = (ctypes.c_uint32 * 3)(*grid)
+            self._shim.shim_tensor_core(*self.adds)
             fault = self._shim.shim_launch(
                 name.encode(), place, block, smem, arguments, len(given), self._n_launched
             )

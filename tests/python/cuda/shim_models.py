@@ -22,6 +22,9 @@ needs_shim = pytest.mark.skipif(
     shim_machine.COMPILER is None, reason="there is no g++ to compile the kernels with"
 )
 
+# How tensor cores add: as float32 does, in two steps of eight products, in one of sixteen.
+ARCHS = ("host", "sm_80", "sm_90")
+
 # Every kind of remainder: heads of 20 channels, an odd inner size and vocabulary, three runs of positions,
 # and products whose K is cut in two.
 ODD = {
@@ -47,7 +50,7 @@ def odd(dtype: str, *, seed: int = 0, **options: Any) -> CudaModel:
 
 
 @functools.cache
-def golden(name: str, dtype: str, kv_dtype: str | None = None) -> CudaModel:
+def golden(name: str, dtype: str, kv_dtype: str | None = None, arch: str = "host") -> CudaModel:
     source = open_checkpoint(CASES[name])
-    machine = shim_machine.ShimMachine(seed=len(name))
+    machine = shim_machine.ShimMachine(seed=len(name), arch=arch)
     return CudaModel.load(machine, source.config, source.checkpoint, dtype=dtype, kv_dtype=kv_dtype)
