@@ -1,6 +1,6 @@
-// Logits to token, with the CPU sampler's numbers: penalties, temperature, top-k, top-p, min-p and the draw, or the
-// greatest score. Weights are integers in units of 2^-40 of the greatest, so their sums are exact in any order, and the
-// same logits, settings and random bits give the same token as there.
+// Logits to token, with the CPU sampler's numbers: penalties, temperature, top-k, top-p, min-p and the draw,
+// or the greatest score. Weights are integers in units of 2^-40 of the greatest, so their sums are exact in
+// any order, and the same logits, settings and random bits give the same token as there.
 #include "rows.cuh"
 
 constexpr u32 THREADS = 512, BINS = 1024, NOT_A_SCORE = 0xffffffffu;
@@ -68,7 +68,8 @@ struct Candidates {
 struct Scratch {
     Shared<u64> bins, sums;  // BINS; 32 and three more
 
-    // The bin in which the sum of bins reaches `mass`, and how much of it is left for that bin. For all threads.
+    // The bin in which the sum of bins reaches `mass`, and how much of it is left for that bin. For all
+    // threads.
     DEVICE u32 find(u64& mass) const {
         barrier();
         if (threadIdx.x < 32) {
@@ -95,8 +96,8 @@ struct Scratch {
         return bin;
     }
 
-    // The key at which the weights, by ascending key, first sum to `mass`; what of it is left for that key. A search by
-    // digits over keys low .. high.
+    // The key at which the weights, by ascending key, first sum to `mass`; what of it is left for that key. A
+    // search by digits over keys low .. high.
     template <class Keys> DEVICE u32 key_at_mass(u32 n, u32 low, u32 high, u64& mass, Keys keys) const {
         while (low < high) {
             u32 range = high - low, shift = 0;
@@ -146,7 +147,8 @@ DEVICE u64 total_weight(const Scratch& scratch, const Candidates& candidates) {
 }
 
 // Changes the scores of tokens that were there before, each once.
-DEVICE void penalise(const Settings& settings, Global<float> scores, Global<const int> history, int n_tokens) {
+DEVICE void penalise(const Settings& settings, Global<float> scores, Global<const int> history,
+                     int n_tokens) {
     for (int i = threadIdx.x; i < n_tokens; i += THREADS) {
         int token = history[i], count = 0;
         bool first = true;
@@ -158,7 +160,8 @@ DEVICE void penalise(const Settings& settings, Global<float> scores, Global<cons
         if (!first) continue;
         float score = scores[token] + 0.0f, penalty = settings.repetition_penalty;
         if (penalty != 1.0f) score = score < 0.0f ? score * penalty : score / penalty;
-        if (count) score -= static_cast<float>(settings.presence_penalty + settings.frequency_penalty * count);
+        if (count)
+            score -= static_cast<float>(settings.presence_penalty + settings.frequency_penalty * count);
         scores[token] = score;
     }
     barrier();
@@ -212,12 +215,14 @@ DEVICE u32 draw(const Settings& settings, const Scratch& scratch, Global<const f
     return static_cast<u32>(static_cast<u64>(scratch.sums[34]));
 }
 
-// Chooses the next token of every row from its logits (rows, stride), the first V of which count and which penalties change in place, and takes it in: as the
-// row's token, at the next position, into `history` (rows, history_stride) and, for the host, into slot step % n_slots of
-// `mailbox` (n_slots, rows). Where no score is finite the token is -1, and the row is idle from then on.
-KERNEL(512, 1) sample(Global<float> logits, int stride, int n_vocab, Global<const Settings> all_settings, Global<int> tokens,
-                      Global<int> positions, Global<int> history, int history_stride, Global<int> mailbox, int n_slots,
-                      Global<int> steps) {
+// Chooses the next token of every row from its logits (rows, stride), the first V of which count and which
+// penalties change in place, and takes it in: as the row's token, at the next position, into `history` (rows,
+// history_stride) and, for the host, into slot step % n_slots of `mailbox` (n_slots, rows). Where no score is
+// finite the token is -1, and the row is idle from then on.
+KERNEL(512, 1)
+sample(Global<float> logits, int stride, int n_vocab, Global<const Settings> all_settings, Global<int> tokens,
+       Global<int> positions, Global<int> history, int history_stride, Global<int> mailbox, int n_slots,
+       Global<int> steps) {
     previous_done();
     next_may_start();
     u32 row = blockIdx.x, n = n_vocab;
@@ -246,7 +251,8 @@ KERNEL(512, 1) sample(Global<float> logits, int stride, int n_vocab, Global<cons
     if (!finite) {
         token = -1;
     } else if (settings.do_sample) {
-        token = draw(settings, scratch, scores, n, id, random_bits(settings.seed, settings.index, position + 1));
+        token =
+            draw(settings, scratch, scores, n, id, random_bits(settings.seed, settings.index, position + 1));
     }
     barrier();
     if (threadIdx.x == 0) {
