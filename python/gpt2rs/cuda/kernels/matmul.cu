@@ -8,6 +8,7 @@
 #include "fragments.cuh"
 
 constexpr int ROWS = 8;
+constexpr u32 WARPS = 8, TILE_SUMS = ROWS * TILE;
 constexpr int AHEAD = 4;    // groups whose weights are under way
 constexpr int COLUMNS = 7;  // values of a row that a thread normalises at most: rows of up to 1792
 
@@ -89,7 +90,7 @@ DEVICE void row_matmul(Global<const u16> weights, u32 tiles, u32 groups, u32 war
                        int rows, const Epilogue& epilogue) {
     constexpr bool NORM = Input::NORM;
     u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, g = lane / 4, t = lane % 4;
-    u32 tile = blockIdx.x * (8 / warps_k) + warp / warps_k;
+    u32 tile = blockIdx.x * (WARPS / warps_k) + warp / warps_k;
     u32 range = blockIdx.z * warps_k + warp % warps_k, ranges = gridDim.z * warps_k;
     u32 first = range_start(groups, range, ranges),
         last = tile < tiles ? range_start(groups, range + 1, ranges) : first;
@@ -143,13 +144,15 @@ DEVICE void row_matmul(Global<const u16> weights, u32 tiles, u32 groups, u32 war
     Shared<float> partial = shared_at<float>(scratch);
     if constexpr (NORM) barrier();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) partial[warp * 128 + (2 * t + i % 2) * TILE + g + i / 2 * 8] = sums.sum(i);
+    for (int i = 0; i < 4; ++i)
+        partial[warp * TILE_SUMS + (2 * t + i % 2) * TILE + g + i / 2 * 8] = sums.sum(i);
     barrier();
-    for (u32 item = thread; item < 128 * 8 / warps_k; item += BLOCK) {
-        u32 local = item / 128, row = item % 128 / TILE,
-            output = (blockIdx.x * (8 / warps_k) + local) * TILE + item % TILE;
+    for (u32 item = thread; item < TILE_SUMS * WARPS / warps_k; item += BLOCK) {
+        u32 local = item / TILE_SUMS, row = item % TILE_SUMS / TILE,
+            output = (blockIdx.x * (WARPS / warps_k) + local) * TILE + item % TILE;
         float sum = 0.0f;
-        for (u32 w = 0; w < warps_k; ++w) sum += partial[(local * warps_k + w) * 128 + item % 128];
+        for (u32 w = 0; w < warps_k; ++w)
+            sum += partial[(local * warps_k + w) * TILE_SUMS + item % TILE_SUMS];
         if (static_cast<int>(row) < n_rows) epilogue.store(blockIdx.z, first_row + row, output, sum);
     }
 }

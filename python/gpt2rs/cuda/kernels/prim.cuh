@@ -35,6 +35,8 @@ struct __align__(16) Words {
 
 DEVICE Words load16(const void* from) { return *static_cast<const Words*>(from); }
 
+DEVICE void store16(void* to, Words words) { *static_cast<Words*>(to) = words; }
+
 // Weights: read once by this block, so they need not stay in its first-level cache.
 DEVICE Words load16_streamed(const void* from) {
     Words to;

@@ -3,7 +3,7 @@
 // any order, and the same logits, settings and random bits give the same token as there.
 #include "rows.cuh"
 
-constexpr u32 THREADS = 512, BINS = 1024, NOT_A_SCORE = 0xffffffffu;
+constexpr u32 THREADS = 512, BINS = 1024, SUMS = 40, NOT_A_SCORE = 0xffffffffu;
 
 // As packed by sampling.py.
 struct Settings {
@@ -66,7 +66,7 @@ struct Candidates {
 };
 
 struct Scratch {
-    Shared<u64> bins, sums;  // BINS; 32 and three more
+    Shared<u64> bins, sums;  // BINS; SUMS: one a warp or a stretch of bins, then results for all threads
 
     // The bin in which the sum of bins reaches `mass`, and how much of it is left for that bin. For all
     // threads.
