@@ -116,8 +116,7 @@ class TestSizes:
     def of_source(name: str) -> dict[str, str]:
         text = (KERNELS / name).read_text()
         declarations = re.findall(r"^constexpr \w+ ([^;]*);", text, re.MULTILINE)
-        pairs = (pair.split(" = ") for line in declarations for pair in line.split(", "))
-        return {name: value for name, value in pairs}
+        return dict(pair for line in declarations for pair in re.findall(r"(\w+) = ([^,]+)", line))
 
     @pytest.mark.parametrize(
         ("source", "where", "names"),
