@@ -161,7 +161,7 @@ class Plan:
             "sample",
             (n_rows, 1, 1),
             Sample.THREADS,
-            _U64 * (Sample.BINS + Sample.SUMS),
+            _U64 * (Sample.BINS + Sample.SUMS + 3),  # and three results
             (
                 *(room.logits, self._shape.vocab, config.n_vocab, sampling.settings),
                 *(room.tokens, room.positions),

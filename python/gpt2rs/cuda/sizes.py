@@ -58,4 +58,4 @@ class Sample:
 
     THREADS: Final = 512
     BINS: Final = 1024
-    SUMS: Final = 40
+    SUMS: Final = 32

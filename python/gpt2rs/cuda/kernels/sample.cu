@@ -3,7 +3,7 @@
 // any order, and the same logits, settings and random bits give the same token as there.
 #include "rows.cuh"
 
-constexpr u32 THREADS = 512, BINS = 1024, SUMS = 40, NOT_A_SCORE = 0xffffffffu;
+constexpr u32 THREADS = 512, BINS = 1024, SUMS = 32, NOT_A_SCORE = 0xffffffffu;
 
 // As packed by sampling.py.
 struct Settings {
@@ -66,32 +66,33 @@ struct Candidates {
 };
 
 struct Scratch {
-    Shared<u64> bins, sums;  // BINS; SUMS: one a warp or a stretch of bins, then results for all threads
+    // BINS; SUMS, of warps or of stretches of bins, and three results for all threads.
+    Shared<u64> bins, sums;
 
     // The bin in which the sum of bins reaches `mass`, and how much of it is left for that bin. For all
     // threads.
     DEVICE u32 find(u64& mass) const {
         barrier();
-        if (threadIdx.x < 32) {
+        if (threadIdx.x < SUMS) {
             u64 sum = 0;
-            for (u32 i = 0; i < BINS / 32; ++i) sum += bins[threadIdx.x * (BINS / 32) + i];
+            for (u32 i = 0; i < BINS / SUMS; ++i) sum += bins[threadIdx.x * (BINS / SUMS) + i];
             sums[threadIdx.x] = sum;
         }
         barrier();
         if (threadIdx.x == 0) {
             u64 left = mass;
             u32 bin = 0;
-            while (bin < BINS - BINS / 32 && sums[bin / (BINS / 32)] < left) {
-                left -= sums[bin / (BINS / 32)];
-                bin += BINS / 32;
+            while (bin < BINS - BINS / SUMS && sums[bin / (BINS / SUMS)] < left) {
+                left -= sums[bin / (BINS / SUMS)];
+                bin += BINS / SUMS;
             }
             while (bin < BINS - 1 && bins[bin] < left) left -= bins[bin++];
-            sums[32] = bin;
-            sums[33] = left;
+            sums[SUMS] = bin;
+            sums[SUMS + 1] = left;
         }
         barrier();
-        u32 bin = static_cast<u32>(static_cast<u64>(sums[32]));
-        mass = sums[33];
+        u32 bin = static_cast<u32>(static_cast<u64>(sums[SUMS]));
+        mass = sums[SUMS + 1];
         barrier();
         return bin;
     }
@@ -209,10 +210,10 @@ DEVICE u32 draw(const Settings& settings, const Scratch& scratch, Global<const f
     if (threadIdx.x == thread) {
         u32 id = start;
         for (u64 weight; id + 1 < end && (weight = candidates.weight(id)) < mass; ++id) mass -= weight;
-        scratch.sums[34] = id;
+        scratch.sums[SUMS + 2] = id;
     }
     barrier();
-    return static_cast<u32>(static_cast<u64>(scratch.sums[34]));
+    return static_cast<u32>(static_cast<u64>(scratch.sums[SUMS + 2]));
 }
 
 // Chooses the next token of every row from its logits (rows, stride), the first V of which count and which
