@@ -29,16 +29,16 @@ struct Checkpointed {
     }
 };
 
-#define CHECKPOINTED_PARAMETERS                                                                              \
-    Global<const float> tensor, int output_block, int output_filled, int n_outputs, int output_stride,       \
+#define CHECKPOINTED_PARAMETERS                                                                        \
+    Global<const float> tensor, int output_block, int output_filled, int n_outputs, int output_stride, \
         int input_block, int input_filled, int n_inputs, int input_stride
-#define CHECKPOINTED                                                                                         \
-    Checkpointed {                                                                                           \
-        tensor,                                                                                              \
-            {static_cast<u32>(output_block), static_cast<u32>(output_filled), static_cast<u32>(n_outputs),   \
-             static_cast<u64>(output_stride)},                                                               \
-            {static_cast<u32>(input_block), static_cast<u32>(input_filled), static_cast<u32>(n_inputs),      \
-             static_cast<u64>(input_stride)},                                                                \
+#define CHECKPOINTED                                                                                       \
+    Checkpointed {                                                                                         \
+        tensor,                                                                                            \
+            {static_cast<u32>(output_block), static_cast<u32>(output_filled), static_cast<u32>(n_outputs), \
+             static_cast<u64>(output_stride)},                                                             \
+            {static_cast<u32>(input_block), static_cast<u32>(input_filled), static_cast<u32>(n_inputs),    \
+             static_cast<u64>(input_stride)},                                                              \
     }
 
 // `tiles` tiles of 16 outputs as bfloat16 in fragments, from tile `first_tile` of `to` on: a thread writes
