@@ -261,7 +261,7 @@ class _Loader:
             splits = min(MAX_PARTIALS, max(1, k // GROUP // _GROUPS_OF_SPLIT))
         with self._turn:
             matrix = Matrix(self._alloc(n * k * self._element), k, n, splits=splits)
-            self._lay_out(matrix, weight, (outputs, 1), (inputs, outputs.count))
+            self._lay_out(matrix, weight.T, outputs, inputs)
         return Linear(matrix, self._vector(name + ".bias", outputs))
 
     def _embedding(self, name: str) -> Matrix:
@@ -276,26 +276,19 @@ class _Loader:
         for first in range(0, v, piece):
             rows = weight[first : first + piece]
             with self._turn:
-                self._lay_out(matrix, rows, (_Side.plain(len(rows)), c), (_Side.plain(c), 1), first)
+                self._lay_out(matrix, rows, _Side.plain(len(rows)), _Side.plain(c), first)
         return matrix
 
     def _lay_out(
-        self,
-        matrix: Matrix,
-        weight: NDArray[np.float32],
-        outputs: tuple[_Side, int],
-        inputs: tuple[_Side, int],
-        first: int = 0,
+        self, matrix: Matrix, weight: NDArray[np.float32], outputs: _Side, inputs: _Side, first: int = 0
     ) -> None:
-        """Upload a tensor and put it into the matrix, from its output `first` on.
-
-        outputs, inputs: with the distance between two of them in the tensor.
-        """
-        self._machine.upload(self._arrived, weight)
+        """Upload weights (outputs, inputs), as rows or as columns lie in memory, and put them into the matrix
+        from its output `first` on."""
+        self._machine.upload(self._arrived, weight if weight.flags.c_contiguous else weight.T)
         sides: list[int] = []
-        for side, stride in (outputs, inputs):
-            sides += (side.block, side.filled, side.count, stride)
-        n, k = padded(outputs[0].size, _OUTPUTS), matrix.k
+        for side, stride in zip((outputs, inputs), weight.strides, strict=True):
+            sides += (side.block, side.filled, side.count, stride // weight.itemsize)
+        n, k = padded(outputs.size, _OUTPUTS), matrix.k
         if self._shape.parts:
             kernel, values_of_thread = "pack_fragments", 8
             tail = (first // TILE, n // TILE, k // GROUP)

@@ -44,7 +44,8 @@ class Noise:
         # Of many sizes, and with what rounds up into the next power of two, or is no number.
         values = np.random.default_rng(len(name)).standard_normal(shape).astype(np.float32)
         values.flat[:6] = [np.inf, np.nan, -0.0, 1.99999, 1e-40, 3.3961775e38]
-        return values
+        # A checkpoint may have its matrices transposed, and readers then give views.
+        return np.asfortranarray(values) if name.endswith("c_fc.weight") else values
 
 
 def padded(values: np.ndarray, *sizes: int) -> np.ndarray:
