@@ -266,7 +266,7 @@ class _Loader:
 
     def _embedding(self, name: str) -> Matrix:
         """(V, C), in pieces: it may be many times a layer's matrix."""
-        weight = self._tensors.get(name)
+        weight = np.ascontiguousarray(self._tensors.get(name))
         v, c = weight.shape
         k = padded(c)
         piece = self._arrived.n_bytes // (4 * c) // _OUTPUTS * _OUTPUTS
