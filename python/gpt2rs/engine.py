@@ -85,6 +85,10 @@ class Engine(Protocol[S]):
         """`cpu` or `cuda:N`."""
 
     @property
+    def max_batch(self) -> int:
+        """Sequences that are worth decoding together."""
+
+    @property
     def n_threads(self) -> int:
         """Threads of the CPU that a call computes with."""
 

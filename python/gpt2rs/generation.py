@@ -1,8 +1,8 @@
 """Prompts to finished texts: the loop around the core's prefill and decode.
 
-Sequences are decoded together, without padding, at most `MAX_BATCH` at a time (`GPU_BATCH` on a GPU); when
-one ends, the next prompt takes its place.  Neither changes any text, since the core's answer for a sequence
-does not depend on its batch.
+Sequences are decoded together, without padding, as many as the engine's `max_batch` at a time; when one ends,
+the next prompt takes its place.  Neither changes any text, since the engine's answer for a sequence does not
+depend on its batch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,6 @@ from .engine import Engine, Sample, Sequenced
 from .results import FinishReason, Result, Speculation
 from .settings import Settings
 from .text import TextDecoder
-
-# Beyond this many sequences the arithmetic units are busy anyway, and keys and values only take memory.
-MAX_BATCH = 32
-# What a GPU's decoding takes in one graph.
-GPU_BATCH = 64
 
 
 class Text:
@@ -132,11 +127,10 @@ def steps(model: Engine[Any], texts: Sequence[Text]) -> Generator[None, None, No
     Equal prompts are computed once and share their keys and values.
     """
     waiting = _Waiting(model, texts)
-    max_batch = MAX_BATCH if model.device == "cpu" else GPU_BATCH
     active: list[Text] = []
     while True:
         active = [text for text in active if text.finish_reason is None]
-        active += waiting.start(max_batch - len(active))
+        active += waiting.start(model.max_batch - len(active))
         if not active:
             return
         fitting = [text for text in active if not text.full]
@@ -164,7 +158,7 @@ def _advance(model: Engine[Any], texts: Sequence[Text]) -> None:
             text.append_several(*step)
     else:
         for text, sample in zip(texts, model.decode(sessions, samplers), strict=True):
-            text.append(sample)
+            text.append_several([sample], 0, 0)
 
 
 def _slide(model: Engine[Any], texts: Sequence[Text]) -> None:

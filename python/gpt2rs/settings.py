@@ -132,7 +132,7 @@ class Settings:
     as far as the model chooses the same; tokens, log-probabilities and texts are those without these
     settings, greedy or sampled.  How many are proposed follows from how many were accepted so far, down to
     none; `Result.speculation` counts them.  Not with context_overflow="slide" past `n_ctx`, and one of the
-    two at a time.
+    two at a time.  On a GPU nothing is proposed: these settings change neither the tokens nor the speed.
         prompt_lookup_num_tokens: propose that many tokens at most of those that followed when the last tokens
             of prompt and text occurred before; 1 or more, None is off.  Pays where a text repeats its prompt
             or itself (Saxena 2023, "Prompt Lookup Decoding").
@@ -281,9 +281,10 @@ class Settings:
         return list(self.seed)
 
     def speculator(self, model: Engine[Any]) -> _core.Speculator | None:
-        """Where the proposals of one text come from; None where there are none, as always on a GPU.
+        """Where the proposals of one text come from; None where there are none, as always for a model on a
+        GPU.
 
-        ValueError for an `assistant_model` of another vocabulary than `model`'s, or on a GPU.
+        ValueError, for a model on the CPU, where `assistant_model` has another vocabulary or is on a GPU.
         """
         if not isinstance(model, _core.Model):
             return None

@@ -27,6 +27,10 @@ thread_local! {
 /// Most threads that may be asked for.
 pub(super) const MAX_THREADS: usize = 1024;
 
+/// Sequences that are worth decoding together: beyond, the arithmetic units are busy anyway, and keys and values only
+/// take memory.
+const MAX_BATCH: usize = 32;
+
 /// Packed weights, and the threads that compute with them.
 #[pyclass(frozen, module = "gpt2rs._core")]
 pub(super) struct Model(pub(super) Arc<model::Model>);
@@ -122,6 +126,10 @@ impl Model {
     #[getter]
     fn device(&self) -> &'static str {
         "cpu"
+    }
+    #[getter]
+    fn max_batch(&self) -> usize {
+        MAX_BATCH
     }
     #[getter]
     fn isa(&self) -> &'static str {

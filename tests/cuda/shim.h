@@ -392,6 +392,9 @@ struct alignas(16) Words {
 template <class T> Words load16(Global<T> from) {
     return *reinterpret_cast<const Words*>(from.checked(from.at, 16, 16));
 }
+template <class T> void store16(Global<T> to, Words words) {
+    *reinterpret_cast<Words*>(to.checked(to.at, 16, 16)) = words;
+}
 template <class T> Words load16_streamed(Global<T> from) {
     return *reinterpret_cast<const Words*>(from.placed(from.at, 16, 16));
 }

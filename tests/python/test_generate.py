@@ -14,7 +14,6 @@ import pytest
 
 import gpt2rs
 from golden_cases import CASES, expected
-from gpt2rs.generation import MAX_BATCH
 from scripted import constant_logits, writes
 from test_settings import fits
 
@@ -225,7 +224,7 @@ def test_logprobs_are_the_models_own(plain: gpt2rs.GPT2) -> None:
 
 def test_more_prompts_than_a_batch_holds(plain: gpt2rs.GPT2) -> None:
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(1, 512, n).tolist() for n in rng.integers(1, 30, MAX_BATCH + 9)]
+    prompts = [rng.integers(1, 512, n).tolist() for n in rng.integers(1, 30, plain._core.max_batch + 9)]
     together = plain.generate(prompts, max_new_tokens=6)
     assert together == [plain.generate(prompt, max_new_tokens=6) for prompt in prompts]
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import gpt2rs
 from golden_cases import CASES
-from gpt2rs.generation import MAX_BATCH
 from scripted import constant_logits, writes
 
 LOOKUP = {"prompt_lookup_num_tokens": 10}
@@ -138,7 +137,7 @@ class TestTheSame:
         assert fast.result == shakespeare.generate(SONG, **choice, **LOOKUP)
 
     def test_more_texts_than_go_together(self, shakespeare: gpt2rs.GPT2) -> None:
-        prompts = [SONG[: 7 + i % 50] for i in range(MAX_BATCH + 9)]
+        prompts = [SONG[: 7 + i % 50] for i in range(shakespeare._core.max_batch + 9)]
         choice: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.3, "seed": 1}
         found = shakespeare.generate(prompts, **choice, **LOOKUP)
         assert [without_counts(result) for result in found] == shakespeare.generate(prompts, **choice)

@@ -44,11 +44,12 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes of a multiprocessor: registers a thread, bytes of static shared memory a block,
-    and bytes a thread that lie in memory for want of registers."""
+    """What one kernel takes of a multiprocessor: registers a thread, bytes of static shared memory a block
+    (dynamic shared memory is asked for at the launch), and bytes a thread that lie in memory for want of
+    registers."""
 
     registers: int
-    smem: int
+    static_smem: int
     stack: int
     spill_stores: int
     spill_loads: int
@@ -163,7 +164,7 @@ def _usage(match: re.Match[str]) -> Usage:
     smem = re.search(r"(\d+) bytes smem", match["rest"])
     return Usage(
         registers=int(match["registers"]),
-        smem=int(smem[1]) if smem else 0,
+        static_smem=int(smem[1]) if smem else 0,
         stack=int(match["stack"]),
         spill_stores=int(match["spill_stores"]),
         spill_loads=int(match["spill_loads"]),

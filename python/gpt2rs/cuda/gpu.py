@@ -337,7 +337,7 @@ class DeviceBuffer:
         return self._n_bytes
 
     def free(self) -> None:
-        """Give it back once the queue is past it and no graph uses it."""
+        """Free the memory once all that is queued has run and no graph uses it."""
         self._memory = None
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from .machine import Buffer, Launch, Machine
+from .sizes import BLOCK, POSITIONS
 from .weights import Shape
 
-POSITIONS = 32
 # New blocks are taken from the machine so many bytes at a time, or one block.
 _SLAB_BYTES = 32 << 20
 _COPY_BLOCKS = 64
@@ -103,7 +103,9 @@ class Pool:
         buffer = self._machine.alloc(addresses.nbytes)
         self._machine.upload(buffer, addresses)
         n_words = self.block_bytes // 4
-        self._machine.launch(Launch("copy_blocks", (_COPY_BLOCKS, len(pairs), 1), 256, 0, (buffer, n_words)))
+        self._machine.launch(
+            Launch("copy_blocks", (_COPY_BLOCKS, len(pairs), 1), BLOCK, 0, (buffer, n_words))
+        )
 
 
 class KvCache:

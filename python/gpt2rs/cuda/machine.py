@@ -26,7 +26,7 @@ class Buffer(Protocol):
         """Its size in bytes."""
 
     def free(self) -> None:
-        """Give it back now; the buffer is not to be used afterwards."""
+        """Free the memory ahead of the last reference; the buffer is not to be used afterwards."""
 
 
 @dataclass(frozen=True)

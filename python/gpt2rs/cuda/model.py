@@ -19,6 +19,7 @@ from .machine import Machine
 from .plan import LOGIT_ROWS, MAX_ROWS, Plan, Room, Stream
 from .sampling import on_device
 from .session import CudaSession
+from .sizes import Attention
 from .steps import MAX_BATCH, Ahead, Steps
 from .weights import Shape, Tensors, load, padded
 
@@ -133,6 +134,11 @@ class CudaModel:
     def device(self) -> str:
         """Where it runs: "cuda:N"."""
         return self._machine.device
+
+    @property
+    def max_batch(self) -> int:
+        """Sequences that are worth decoding together: those of one graph."""
+        return MAX_BATCH
 
     @property
     def isa(self) -> str:
@@ -315,7 +321,10 @@ class CudaModel:
             start = session.computed
             addresses = session.cache.addresses
             tables[i, : len(addresses)] = addresses
-            tiles += [(len(rows) + at, min(16, count - at)) for at in range(0, count, 16)]
+            tiles += [
+                (len(rows) + at, min(Attention.QUERIES, count - at))
+                for at in range(0, count, Attention.QUERIES)
+            ]
             rows += [(session.all_tokens[at], at, i) for at in range(start, start + count)]
         columns = zip(*rows, strict=True), zip(*tiles, strict=True)
         buffers = (room.tokens, room.positions, room.sequences), (room.first_rows, room.counts)

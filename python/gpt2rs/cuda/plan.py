@@ -14,6 +14,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .machine import Buffer, Launch, Machine, Mailbox
+from .sizes import (
+    BLOCK,
+    GROUP,
+    MAX_PARTIALS,
+    POSITIONS,
+    TILE,
+    WARP,
+    Attention,
+    Float32,
+    Rows,
+    Sample,
+    Tiled,
+)
 from .weights import Linear, Matrix, Norm, Shape, Weights, padded
 
 # Rows of one pass of a prompt at most.
@@ -22,10 +35,10 @@ MAX_ROWS = 512
 LOGIT_ROWS = 64
 
 _PLAIN, _QKV, _ACTIVATE = range(3)
-_ROWS_OF_TILE = 64
-_ROWS_OF_PRODUCT = 8
 # Values of a row that a product normalises itself at most, and the shared memory that every architecture has.
-_FUSED_C, _FUSED_SMEM = 7 * 256, 99 << 10
+_FUSED_C, _FUSED_SMEM = Rows.COLUMNS * BLOCK, 99 << 10
+# Bytes.
+_INT, _FLOAT, _BFLOAT16, _U64 = 4, 4, 2, 8
 
 
 class Room:
@@ -38,29 +51,29 @@ class Room:
         config = shape.config
         self.n_rows = n_rows
         self.n_logits = n_logits
-        self.n_blocks = -(-config.n_ctx // 32)
-        rows = padded(n_rows, _ROWS_OF_TILE)
+        self.n_blocks = _over(config.n_ctx, POSITIONS)
+        rows = padded(n_rows, Tiled.ROWS)
 
         def ints(count: int) -> Buffer:
-            return machine.alloc(4 * count)
+            return machine.alloc(_INT * count)
 
         def operand(parts: int, width: int, height: int = rows) -> Buffer:
-            return machine.alloc(height * width * (2 * parts or 4))
+            return machine.alloc(height * width * (_BFLOAT16 * parts or _FLOAT))
 
         # Of each row: its token, its position (below 0: not in use), the sequence it belongs to.
         self.tokens, self.positions, self.sequences = ints(n_rows), ints(n_rows), ints(n_rows)
         # Of each tile of attention: its first row, and how many.
         self.first_rows, self.counts = ints(n_rows), ints(n_rows)
-        self.tables = machine.alloc(8 * n_sequences * self.n_blocks)
-        self.x = tuple(machine.alloc(4 * rows * config.n_embd) for _ in range(2))
-        splits = 4 if shape.parts else 1
-        self.partials = machine.alloc(4 * splits * rows * config.n_embd)
+        self.tables = machine.alloc(_U64 * n_sequences * self.n_blocks)
+        self.x = tuple(machine.alloc(_FLOAT * rows * config.n_embd) for _ in range(2))
+        splits = MAX_PARTIALS if shape.parts else 1
+        self.partials = machine.alloc(_FLOAT * splits * rows * config.n_embd)
         self.normed = operand(shape.parts, shape.k)
         self.queries = operand(shape.query_parts, shape.attended)
         self.attended = operand(shape.parts, shape.attended)
         self.inner = operand(shape.parts, shape.inner)
-        self.last = operand(shape.parts, shape.k, padded(n_logits, _ROWS_OF_TILE))
-        self.logits = machine.alloc(4 * n_logits * shape.vocab)
+        self.last = operand(shape.parts, shape.k, padded(n_logits, Tiled.ROWS))
+        self.logits = machine.alloc(_FLOAT * n_logits * shape.vocab)
         self.hidden = operand(0, shape.k, n_logits)
         self.plane_rows = rows
 
@@ -100,7 +113,7 @@ class Plan:
             Launch(
                 "embed",
                 (n_rows, 1, 1),
-                256,
+                BLOCK,
                 0,
                 (
                     *(room.tokens, room.positions, wte.data, int(self._shape.parts == 0), wte.k),
@@ -147,8 +160,8 @@ class Plan:
         return Launch(
             "sample",
             (n_rows, 1, 1),
-            512,
-            8 * (1024 + 40),
+            Sample.THREADS,
+            _U64 * (Sample.BINS + Sample.SUMS + 3),  # and three results
             (
                 *(room.logits, self._shape.vocab, config.n_vocab, sampling.settings),
                 *(room.tokens, room.positions),
@@ -202,13 +215,13 @@ class Plan:
     ) -> Launch:
         shape, config = self._shape, self._shape.config
         height = (
-            self._room.plane_rows if out is self._room.normed else padded(self._room.n_logits, _ROWS_OF_TILE)
+            self._room.plane_rows if out is self._room.normed else padded(self._room.n_logits, Tiled.ROWS)
         )
         return Launch(
             "layer_norm",
             (n_rows, 1, 1),
-            256,
-            4 * (256 + 1),
+            BLOCK,
+            _FLOAT * (BLOCK + 1),  # a sum a thread, and that of the row
             (
                 *self._stream(stream),
                 *(norm.gain, norm.shift, config.layer_norm_epsilon, config.n_embd),
@@ -217,13 +230,15 @@ class Plan:
         )
 
     def _fused_smem(self, n_rows: int) -> int:
-        """Shared memory of a product with its LayerNorm: operand, sums of rows, sums of warps."""
+        """Shared memory of a product with its LayerNorm: the operand; then a sum a thread of each row, and
+        those of the rows, where the warps' sums follow."""
         k = self._shape.k
-        stride = k if k % 64 else k + 32
-        return 2 * self._shape.parts * min(n_rows, _ROWS_OF_PRODUCT) * stride + 4 * (8 * 256 + 8)
+        stride = k if k % 64 else k + 32  # padded_stride of matmul.cu
+        operand = _BFLOAT16 * self._shape.parts * min(n_rows, Rows.ROWS) * stride
+        return operand + _FLOAT * Rows.ROWS * (BLOCK + 1)
 
     def _fuses(self) -> bool:
-        fits = self._fused_smem(_ROWS_OF_PRODUCT) <= _FUSED_SMEM
+        fits = self._fused_smem(Rows.ROWS) <= _FUSED_SMEM
         return self._shape.parts > 0 and self._shape.k <= _FUSED_C and fits
 
     def _normed_product(
@@ -236,8 +251,8 @@ class Plan:
         else:
             yield Launch(
                 f"norm_matmul_{shape.parts}",
-                (-(-matrix.tiles * matrix.warps // 8), -(-n_rows // _ROWS_OF_PRODUCT), 1),
-                256,
+                (_over(matrix.tiles * matrix.warps, Rows.WARPS), _over(n_rows, Rows.ROWS), 1),
+                BLOCK,
                 self._fused_smem(n_rows),
                 (
                     *(matrix.data, matrix.tiles, matrix.groups, matrix.warps, *self._stream(stream)),
@@ -252,23 +267,26 @@ class Plan:
         self, matrix: Matrix, operand: Buffer, stride: int, n_rows: int, output: _Output, prompt: bool
     ) -> Launch:
         shape, room = self._shape, self._room
-        height = padded(room.n_logits, _ROWS_OF_TILE) if operand is room.last else room.plane_rows
+        height = padded(room.n_logits, Tiled.ROWS) if operand is room.last else room.plane_rows
         tail = self._epilogue(output)
         if shape.parts == 0:
-            grid = (matrix.n // 32, -(-n_rows // _ROWS_OF_PRODUCT), 1)
-            smem = 6 * 4 * 32 * (32 + 8)
-            return Launch(
-                "matmul_float32", grid, 256, smem, (matrix.data, matrix.k, operand, stride, n_rows, *tail)
-            )
+            grid = (matrix.n // Float32.OUTPUTS, _over(n_rows, Float32.ROWS), 1)
+            # A ring of stages, each with weights and rows.
+            smem = _FLOAT * Float32.STAGES * Float32.STEP * (Float32.OUTPUTS + Float32.ROWS)
+            arguments = (matrix.data, matrix.k, operand, stride, n_rows, *tail)
+            return Launch("matmul_float32", grid, BLOCK, smem, arguments)
         rows = (operand, stride, height * stride, n_rows)
         if prompt:
-            grid = (matrix.n // 64, -(-n_rows // _ROWS_OF_TILE), matrix.splits)
-            smem = 4 * 4096 * (1 + shape.parts)
+            grid = (matrix.n // Tiled.OUTPUTS, _over(n_rows, Tiled.ROWS), matrix.splits)
+            # The same of bfloat16: a group of weights, and of each part of the rows.
+            smem = _BFLOAT16 * Tiled.STAGES * GROUP * (Tiled.OUTPUTS + shape.parts * Tiled.ROWS)
             head = (matrix.data, matrix.groups, matrix.warps)
-            return Launch(f"tiled_matmul_{shape.parts}", grid, 256, smem, (*head, *rows, *tail))
-        grid = (-(-matrix.tiles * matrix.warps // 8), -(-n_rows // _ROWS_OF_PRODUCT), matrix.splits)
+            return Launch(f"tiled_matmul_{shape.parts}", grid, BLOCK, smem, (*head, *rows, *tail))
+        blocks = _over(matrix.tiles * matrix.warps, Rows.WARPS)
+        grid = (blocks, _over(n_rows, Rows.ROWS), matrix.splits)
+        smem = _FLOAT * Rows.WARPS * Rows.ROWS * TILE  # of each warp, the sums of its tile
         own = (matrix.data, matrix.tiles, matrix.groups, matrix.warps)
-        return Launch(f"matmul_{shape.parts}", grid, 256, 4 * 8 * 128, (*own, *rows, *tail))
+        return Launch(f"matmul_{shape.parts}", grid, BLOCK, smem, (*own, *rows, *tail))
 
     def _into_stream(
         self, stream: Stream, linear: Linear, operand: Buffer, n_rows: int, prompt: bool
@@ -287,11 +305,18 @@ class Plan:
             *(shape.scale(layer), room.attended, shape.parts, plane),
         )
         if shape.wide:
-            grid = (n_tiles, shape.config.n_head, -(-shape.head // 128))
-            return Launch("attention_float32", grid, 128, 4 * (128 + 4), arguments)
-        grid = (n_tiles, shape.config.n_head, -(-shape.head // 64))
-        smem = 4 * 8 * 16 * (64 + 2)
-        return Launch(f"attention_{shape.query_parts}", grid, 256, smem, arguments)
+            grid = (n_tiles, shape.config.n_head, _over(shape.head, Attention.RUN))
+            smem = _FLOAT * (Attention.RUN + Attention.RUN // WARP)  # weights of a run, and a value a warp
+            return Launch("attention_float32", grid, Attention.RUN, smem, arguments)
+        grid = (n_tiles, shape.config.n_head, _over(shape.head, Attention.CHANNELS))
+        # Of a run and query: weighted values, maximum and sum.
+        smem = _FLOAT * Attention.WARPS * Attention.QUERIES * (Attention.CHANNELS + 2)
+        return Launch(f"attention_{shape.query_parts}", grid, BLOCK, smem, arguments)
+
+
+def _over(n: int, size: int) -> int:
+    """Pieces of `size` that n needs."""
+    return -(-n // size)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""A checkpoint's tensors, laid out for the kernels and put into device memory.
+"""A checkpoint's tensors in device memory, laid out for the kernels by kernels (layout.cu).
 
 Sizes are padded with zeros, which change no sum: a head's channels and every K to a multiple of 32, N to
-one of 64.  So odd shapes need nothing of the kernels.
+one of 64.  So odd shapes need nothing of the products.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
-from .machine import Buffer, Machine
+from .machine import Buffer, Launch, Machine
+from .sizes import BLOCK, GROUP, MAX_PARTIALS, TILE, Tiled
 
-_GROUP, _TILE = 32, 16
-# That lay out weights.
+# That read tensors.
 _THREADS = 4
-# Most sums that a product leaves to its reader (MAX_PARTIALS of the kernels); groups of K that one has.
-_MAX_SPLITS, _GROUPS_OF_SPLIT = 4, 12
+# Outputs of a matrix are padded to a multiple: what a block of the tiled product has.
+_OUTPUTS = Tiled.OUTPUTS
+# Groups of K that a sum which a product leaves to its reader has at least.
+_GROUPS_OF_SPLIT = 12
 
 _ACTIVATIONS = {
     "gelu_new": 0,
@@ -34,7 +36,7 @@ _ACTIVATIONS = {
 }
 
 
-def padded(n: int, to: int = _GROUP) -> int:
+def padded(n: int, to: int = GROUP) -> int:
     """n, rounded up to a multiple."""
     return -(-n // to) * to
 
@@ -118,12 +120,12 @@ class Matrix:
     @property
     def groups(self) -> int:
         """Groups of 32 inputs."""
-        return self.k // _GROUP
+        return self.k // GROUP
 
     @property
     def tiles(self) -> int:
         """Tiles of 16 outputs."""
-        return self.n // _TILE
+        return self.n // TILE
 
 
 @dataclass(frozen=True)
@@ -166,53 +168,50 @@ class Weights:
     n_bytes: int
 
 
-def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """To nearest even, as bits."""
-    bits = values.view(np.uint32)
-    # In place from here on: loading a model is for the most part this.
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += np.uint32(0x7FFF)
-    rounded += bits
-    rounded >>= 16
-    halves = rounded.astype(np.uint16)
-    nan = np.isnan(values)
-    if nan.any():
-        halves[nan] = 0x7FFF
-    return halves
+@dataclass(frozen=True)
+class _Side:
+    """Outputs or inputs of a matrix: blocks of `filled` indices of the checkpoint's `count`, each padded to
+    `block`.  A block is a head, or the whole side.  `Side` of layout.cu."""
 
+    block: int
+    filled: int
+    count: int
 
-def fragments(weight: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """(N, K) as operands A of mma m16n8k16; see fragments.cuh."""
-    n, k = weight.shape
-    # Two inputs that are neighbours stay so: they are moved as one word.
-    pairs = to_bfloat16(np.ascontiguousarray(weight)).view(np.uint32)
-    # row = 8 h + g, input = 8 t + 4 step + 2 pair + element of a group.
-    cut = pairs.reshape(n // _TILE, 2, 8, k // _GROUP, 4, 2, 2)
-    return np.ascontiguousarray(cut.transpose(0, 3, 5, 2, 4, 6, 1)).view(np.uint16).reshape(-1)
+    @classmethod
+    def plain(cls, count: int) -> _Side:
+        """One block."""
+        return cls(padded(count), count, count)
 
-
-def columns(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(N, K) as (N / 32, K, 32)."""
-    n, k = weight.shape
-    return np.ascontiguousarray(weight.reshape(n // 32, 32, k).transpose(0, 2, 1)).reshape(-1)
+    @property
+    def size(self) -> int:
+        """Indices, padding of the blocks counted."""
+        return -(-self.count // self.filled) * self.block
 
 
 def load(machine: Machine, shape: Shape, tensors: Tensors) -> Weights:
-    """Read, lay out and upload all tensors; ValueError for a missing one or a wrong shape.
+    """Read and upload all tensors, to be laid out on the device; ValueError for a missing one or a wrong
+    shape.
 
-    Blocks are read and laid out side by side, one a thread: NumPy and the core let go of the GIL.  A thread
-    takes memory for a matrix and its copies.
+    Blocks are read side by side, one a thread, since the core lets go of the GIL.  A thread takes memory for
+    a tensor; the device, beside the weights, for the largest that it lays out, or a piece of the embedding.
     """
+    loader = _Loader(machine, shape, tensors)
     with ThreadPoolExecutor(_THREADS) as threads:
-        return _Loader(machine, shape, tensors).weights(threads)
+        weights = loader.weights(threads)
+    machine.synchronize()
+    return weights
 
 
 class _Loader:
     def __init__(self, machine: Machine, shape: Shape, tensors: Tensors) -> None:
         self._machine, self._shape, self._tensors = machine, shape, tensors
         self._n_bytes = 0
-        self._upload_lock = threading.Lock()
+        config = shape.config
+        largest = config.n_embd * max(3 * config.n_embd, config.n_inner, _OUTPUTS)
+        # What is laid out, as it came.
+        self._arrived = machine.alloc(4 * largest)
+        # One tensor at a time is uploaded and laid out.
+        self._turn = threading.Lock()
 
     def weights(self, threads: ThreadPoolExecutor) -> Weights:
         config = self._shape.config
@@ -227,58 +226,82 @@ class _Loader:
 
     def _block(self, at: str) -> Block:
         shape, config = self._shape, self._shape.config
-        heads, hs, c = config.n_head, config.head_size, config.n_embd
         # Queries, keys and values: every head's channels padded, as they stand in the cache.
-        w = _pad(self._tensors.get(at + "attn.c_attn.weight").T.reshape(3 * heads, hs, c), shape.head, 1)
-        b = _pad(self._tensors.get(at + "attn.c_attn.bias").reshape(3 * heads, hs), shape.head, 1)
-        proj = _pad(self._tensors.get(at + "attn.c_proj.weight").T.reshape(c, heads, hs), shape.head, 2)
+        qkv = _Side(shape.head, config.head_size, 3 * config.n_embd)
+        attended = _Side(shape.head, config.head_size, config.n_embd)
+        stream, inner = _Side.plain(config.n_embd), _Side.plain(config.n_inner)
         return Block(
             ln_1=self._norm(at + "ln_1"),
-            c_attn=Linear(self._matrix(w.reshape(-1, c)), self._upload(b.reshape(-1))),
-            attn_c_proj=Linear(
-                self._matrix(proj.reshape(c, -1), into_stream=True), self._vector(at + "attn.c_proj.bias")
-            ),
+            c_attn=self._linear(at + "attn.c_attn", qkv, stream),
+            attn_c_proj=self._linear(at + "attn.c_proj", stream, attended, into_stream=True),
             ln_2=self._norm(at + "ln_2"),
-            c_fc=Linear(
-                self._matrix(self._tensors.get(at + "mlp.c_fc.weight").T),
-                self._upload(_pad(self._tensors.get(at + "mlp.c_fc.bias"), shape.inner, 0)),
-            ),
-            mlp_c_proj=Linear(
-                self._matrix(self._tensors.get(at + "mlp.c_proj.weight").T, into_stream=True),
-                self._vector(at + "mlp.c_proj.bias"),
-            ),
+            c_fc=self._linear(at + "mlp.c_fc", inner, stream),
+            mlp_c_proj=self._linear(at + "mlp.c_proj", stream, inner, into_stream=True),
         )
 
     def _norm(self, name: str) -> Norm:
         return Norm(self._vector(name + ".weight"), self._vector(name + ".bias"))
 
-    def _vector(self, name: str) -> Buffer:
-        return self._upload(self._tensors.get(name))
-
-    def _embedding(self, name: str) -> Matrix:
-        return self._matrix(self._tensors.get(name), warps=2)
-
-    def _matrix(self, weight: NDArray[np.float32], *, warps: int = 8, into_stream: bool = False) -> Matrix:
-        """From (N, K); products into the residual stream may leave several sums, which are added there."""
-        weight = _pad(_pad(weight, padded(weight.shape[0], 64), 0), padded(weight.shape[1]), 1)
-        n, k = weight.shape
-        if self._shape.parts == 0:
-            return Matrix(self._upload(columns(weight)), k, n)
-        splits = min(_MAX_SPLITS, max(1, k // _GROUP // _GROUPS_OF_SPLIT)) if into_stream else 1
-        return Matrix(self._upload(fragments(weight)), k, n, warps, splits)
-
-    def _upload(self, values: NDArray[np.generic]) -> Buffer:
-        values = np.ascontiguousarray(values)
-        with self._upload_lock:
-            buffer = self._machine.alloc(values.nbytes)
+    def _vector(self, name: str, side: _Side | None = None) -> Buffer:
+        values = self._tensors.get(name)
+        if side is not None:
+            blocks = values.reshape(-1, side.filled)
+            values = np.pad(blocks, ((0, 0), (0, side.block - side.filled)))
+        with self._turn:
+            buffer = self._alloc(values.nbytes)
             self._machine.upload(buffer, values)
-            self._n_bytes += values.nbytes
         return buffer
 
+    def _linear(self, name: str, outputs: _Side, inputs: _Side, *, into_stream: bool = False) -> Linear:
+        """Products into the residual stream may leave several sums, which are added there."""
+        weight = self._tensors.get(name + ".weight")
+        n, k = padded(outputs.size, _OUTPUTS), padded(inputs.size)
+        splits = 1
+        if into_stream and self._shape.parts:
+            splits = min(MAX_PARTIALS, max(1, k // GROUP // _GROUPS_OF_SPLIT))
+        with self._turn:
+            matrix = Matrix(self._alloc(n * k * self._element), k, n, splits=splits)
+            self._lay_out(matrix, weight.T, outputs, inputs)
+        return Linear(matrix, self._vector(name + ".bias", outputs))
 
-def _pad(values: NDArray[np.float32], size: int, axis: int) -> NDArray[np.float32]:
-    """Zeros up to `size` along an axis."""
-    if values.shape[axis] == size:
-        return values
-    widths = [(0, size - n if i == axis else 0) for i, n in enumerate(values.shape)]
-    return np.pad(values, widths)
+    def _embedding(self, name: str) -> Matrix:
+        """(V, C), in pieces: it may be many times a layer's matrix."""
+        weight = np.ascontiguousarray(self._tensors.get(name))
+        v, c = weight.shape
+        k = padded(c)
+        piece = self._arrived.n_bytes // (4 * c) // _OUTPUTS * _OUTPUTS
+        n = padded(v, _OUTPUTS)
+        with self._turn:
+            matrix = Matrix(self._alloc(n * k * self._element), k, n, warps=2)
+        for first in range(0, v, piece):
+            rows = weight[first : first + piece]
+            with self._turn:
+                self._lay_out(matrix, rows, _Side.plain(len(rows)), _Side.plain(c), first)
+        return matrix
+
+    def _lay_out(
+        self, matrix: Matrix, weight: NDArray[np.float32], outputs: _Side, inputs: _Side, first: int = 0
+    ) -> None:
+        """Upload weights (outputs, inputs), as rows or as columns lie in memory, and put them into the matrix
+        from its output `first` on."""
+        self._machine.upload(self._arrived, weight if weight.flags.c_contiguous else weight.T)
+        sides: list[int] = []
+        for side, stride in zip((outputs, inputs), weight.strides, strict=True):
+            sides += (side.block, side.filled, side.count, stride // weight.itemsize)
+        n, k = padded(outputs.size, _OUTPUTS), matrix.k
+        if self._shape.parts:
+            kernel, values_of_thread = "pack_fragments", 8
+            tail = (first // TILE, n // TILE, k // GROUP)
+        else:
+            kernel, values_of_thread = "pack_columns", 1
+            tail = (first, n, k)
+        grid = -(-n * k // (BLOCK * values_of_thread)), 1, 1
+        self._machine.launch(Launch(kernel, grid, BLOCK, 0, (self._arrived, *sides, matrix.data, *tail)))
+
+    @property
+    def _element(self) -> int:
+        return 2 if self._shape.parts else 4
+
+    def _alloc(self, n_bytes: int) -> Buffer:
+        self._n_bytes += n_bytes
+        return self._machine.alloc(n_bytes)

@@ -80,7 +80,7 @@ def changes(before: Usages, now: Usages) -> list[str]:
 
 def main() -> int:
     """Show what has changed; 1 where something has."""
-    parser = argparse.ArgumentParser(description="Registers, spills and shared memory of the kernels.")
+    parser = argparse.ArgumentParser(description="Registers, spills and static shared memory of the kernels.")
     parser.add_argument("--write", action="store_true", help="write the table anew")
     options = parser.parse_args()
     nvrtc = installed()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import resources
 from resources import ARCHS
 
-from gpt2rs.cuda import compiler
+from gpt2rs.cuda import compiler, sizes
 from gpt2rs.cuda.compiler import Source
 
 KERNELS = Path(compiler.__file__).parent / "kernels"
@@ -55,7 +57,7 @@ class TestNvrtc:
     def test_tells_what_a_kernel_takes(self) -> None:
         usage = compiler.usage(SMALL, "sm_90")
         assert list(usage) == ["add"]
-        assert usage["add"].smem == 128
+        assert usage["add"].static_smem == 128
         assert 8 <= usage["add"].registers <= 32
         assert (usage["add"].stack, usage["add"].spill_stores, usage["add"].spill_loads) == (0, 0, 0)
 
@@ -105,6 +107,44 @@ class TestNvrtc:
         version = compiler.version()
         assert version[0].isdigit()
         assert not version.endswith("(0 bytes)")
+
+
+class TestSizes:
+    """What Python makes grids and shared memory of is what the sources say."""
+
+    @staticmethod
+    def of_source(name: str) -> dict[str, str]:
+        text = (KERNELS / name).read_text()
+        declarations = re.findall(r"^constexpr \w+ ([^;]*);", text, re.MULTILINE)
+        return dict(pair for line in declarations for pair in re.findall(r"(\w+) = ([^,]+)", line))
+
+    @pytest.mark.parametrize(
+        ("source", "where", "names"),
+        [
+            ("prim.cuh", sizes, ["WARP"]),
+            ("rows.cuh", sizes, ["BLOCK", "MAX_PARTIALS"]),
+            ("epilogue.cuh", sizes, ["POSITIONS"]),
+            ("fragments.cuh", sizes, ["GROUP", "TILE"]),
+            *(
+                (source, where, [name for name in vars(where) if name.isupper()])
+                for source, where in (
+                    ("matmul.cu", sizes.Rows),
+                    ("tiled.cu", sizes.Tiled),
+                    ("float32.cu", sizes.Float32),
+                    ("attention.cu", sizes.Attention),
+                    ("sample.cu", sizes.Sample),
+                )
+            ),
+        ],
+    )
+    def test_are_those_of_the_source(self, source: str, where: Any, names: list[str]) -> None:
+        declared = self.of_source(source)
+        assert names
+        assert {name: str(getattr(where, name)) for name in names} == {name: declared[name] for name in names}
+
+    def test_are_all_looked_at(self) -> None:
+        plain = {name for name, value in vars(sizes).items() if isinstance(value, int)}
+        assert plain == {"WARP", "BLOCK", "MAX_PARTIALS", "POSITIONS", "GROUP", "TILE"}
 
 
 class TestSources:

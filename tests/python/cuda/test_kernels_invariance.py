@@ -59,6 +59,24 @@ def test_batches_by_decoding(model: CudaModel, rows: np.ndarray) -> None:
         np.testing.assert_array_equal(got, rows[[end - 1 for end in ends[:count]]])
 
 
+def test_more_sequences_than_a_graph_has_rows() -> None:
+    """70 at once are 64 and 6: prompts, steps of several tokens, and logits are those of each alone."""
+    model = odd(dtype="bfloat16")
+    count = steps.MAX_BATCH + 6
+    prompts = [[i, 89 - i] for i in range(count)]
+    sessions = [model.session() for _ in range(count)]
+    model.prefill(sessions, prompts)
+    tokens = [model.decode(sessions, [greedy(2)] * count) for _ in range(2)]
+    logits = model.last_logits(sessions)
+    for i in (0, 63, 64, 69):
+        alone = model.session()
+        alone.prefill(prompts[i])
+        for step in tokens:
+            [sample] = model.decode([alone], [greedy(2)])
+            assert sample.token == step[i].token
+        np.testing.assert_array_equal(alone.logits, logits[i])
+
+
 def test_products_cut_in_many() -> None:
     """An inner size whose product's K is cut in as many as any is."""
     model = CudaModel.random(

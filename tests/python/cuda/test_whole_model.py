@@ -61,7 +61,7 @@ def test_graphs_are_recorded_once_and_launched_for_each_token(driver: ShimDriver
     assert driver.calls.count("cuStreamSynchronize") < 12
 
 
-def test_all_but_the_first_kernel_of_a_step_may_begin_early(driver: ShimDriver) -> None:
+def test_every_kernel_is_launched_so_that_it_may_overlap_the_one_before(driver: ShimDriver) -> None:
     _, gpu = models("plain", "bfloat16")
     gpu.generate(PROMPT, max_new_tokens=2, eos_token_id=None)
     assert set(driver.overlapping) == set(driver.executed)
@@ -79,6 +79,29 @@ def test_sequences_share_and_part_as_on_the_cpu(driver: ShimDriver) -> None:
         other.prefill([1, 2])
         found.append((first, other.decode(6, eos_token_id=None), session.tokens, other.pos))
     assert found[0] == found[1]
+
+
+def test_more_prompts_than_a_graph_has_rows(driver: ShimDriver) -> None:
+    _, gpu = models("plain", "bfloat16")
+    prompts = [[1 + i % 7, 300 - i] for i in range(gpu._core.max_batch + 6)]
+    together = gpu.generate(prompts, max_new_tokens=2, eos_token_id=None)
+    assert len({tuple(result.tokens) for result in together}) > 10
+    for i in (0, 63, 64, 69):
+        assert together[i] == gpu.generate(prompts[i], max_new_tokens=2, eos_token_id=None)
+
+
+@pytest.mark.parametrize("kind", [{}, {"temperature": 0.8, "seed": 3}])
+def test_settings_of_proposals_change_no_token(driver: ShimDriver, kind: dict[str, Any]) -> None:
+    cpu, gpu = models("plain", "bfloat16")
+    choice: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": None, **kind}
+    plain = gpu.generate(PROMPT * 3, **choice)
+    for more in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": cpu}):
+        found = gpu.generate(PROMPT * 3, **choice, **more)
+        assert found.tokens == plain.tokens
+        assert (found.speculation.proposed, found.speculation.passes) == (0, 5)
+        session = gpu.session()
+        session.prefill(PROMPT * 3)
+        assert session.decode(6, eos_token_id=None, **kind, **more) == plain.tokens
 
 
 def test_a_failing_kernel_is_an_error_and_stays_one(driver: ShimDriver) -> None:

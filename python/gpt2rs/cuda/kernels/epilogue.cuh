@@ -11,9 +11,10 @@ enum Mode : int {
 // Positions of a block of keys and values.
 constexpr u32 POSITIONS = 32;
 
-// The cache of all sequences. A block holds 32 positions: (layer, keys or values, head), then as bfloat16 keys
-// (position, channel) and values (channel, position), as float32 both (position, channel). Channels of a head are padded
-// to a multiple of 32. `tables` (sequences, table_stride) has the addresses of each sequence's blocks.
+// The cache of all sequences. A block holds 32 positions: (layer, keys or values, head), then as bfloat16
+// keys (position, channel) and values (channel, position), as float32 both (position, channel). Channels of a
+// head are padded to a multiple of 32. `tables` (sequences, table_stride) has the addresses of each
+// sequence's blocks.
 struct Cache {
     Global<const u64> tables;
     int table_stride, layer, n_head, head_size;
@@ -66,20 +67,21 @@ struct Epilogue {
         if (which == 0) {
             store_operand(out, parts, plane, static_cast<u64>(row) * stride + channel, value);
         } else if (positions[row] >= 0) {
-            cache.store(which - 1, sequences[row], positions[row], channel / cache.head_size, channel % cache.head_size,
-                        value);
+            cache.store(which - 1, sequences[row], positions[row], channel / cache.head_size,
+                        channel % cache.head_size, value);
         }
     }
 };
 
 // The same as a kernel's parameters. plane: elements between two planes, or between two splits' sums.
-#define EPILOGUE_PARAMETERS                                                                                             \
-    int mode, Global<const float> bias, int n_outputs, Global<u16> out, int parts, int stride, int plane, int activation, \
-        Global<const int> positions, Global<const int> sequences, Global<const u64> tables, int table_stride, int layer,  \
-        int n_head, int head_size, int wide
-#define EPILOGUE                                                                                                        \
-    Epilogue {                                                                                                          \
-        mode, bias, n_outputs, out, parts, stride, static_cast<u64>(plane), activation, positions, sequences, {         \
-            tables, table_stride, layer, n_head, head_size, wide                                                        \
-        }                                                                                                               \
+#define EPILOGUE_PARAMETERS                                                                                 \
+    int mode, Global<const float> bias, int n_outputs, Global<u16> out, int parts, int stride, int plane,   \
+        int activation, Global<const int> positions, Global<const int> sequences, Global<const u64> tables, \
+        int table_stride, int layer, int n_head, int head_size, int wide
+#define EPILOGUE                                                                                   \
+    Epilogue {                                                                                     \
+        mode, bias, n_outputs, out, parts, stride, static_cast<u64>(plane), activation, positions, \
+            sequences, {                                                                           \
+            tables, table_stride, layer, n_head, head_size, wide                                   \
+        }                                                                                          \
     }

@@ -1,6 +1,6 @@
-// Products with float32 weights: one chain of fused multiply-adds over ascending inputs for each output, as the
-// reference. A block has 32 outputs and 8 rows, a thread for each pair; weights (N / 32, K, 32) and rows go through a ring
-// in shared memory, 32 inputs a stage.
+// Products with float32 weights: one chain of fused multiply-adds over ascending inputs for each output, as
+// the reference. A block has 32 outputs and 8 rows, a thread for each pair; weights (N / 32, K, 32) and rows
+// go through a ring in shared memory, 32 inputs a stage.
 #include "epilogue.cuh"
 
 constexpr u32 OUTPUTS = 32, ROWS = 8, STEP = 32;
@@ -8,8 +8,9 @@ constexpr int STAGES = 6;
 constexpr u32 STAGE = (OUTPUTS + ROWS) * STEP * sizeof(float), ROWS_AT = OUTPUTS * STEP * sizeof(float);
 
 // Rows beyond `rows`, up to a multiple of 8, are there in the operand, with any values.
-KERNEL(256, 1) matmul_float32(Global<const float> weights, int k, Global<const float> operand, int operand_stride,
-                              int rows, EPILOGUE_PARAMETERS) {
+KERNEL(256, 1)
+matmul_float32(Global<const float> weights, int k, Global<const float> operand, int operand_stride, int rows,
+               EPILOGUE_PARAMETERS) {
     u32 thread = threadIdx.x, output = thread % OUTPUTS, row = thread / OUTPUTS, steps = k / STEP;
     u32 first_row = blockIdx.y * ROWS;
     auto fetch = [&](u32 step) {
@@ -19,8 +20,8 @@ KERNEL(256, 1) matmul_float32(Global<const float> weights, int k, Global<const f
                          weights + ((static_cast<u64>(blockIdx.x) * k + step * STEP) * OUTPUTS + thread * 4));
             if (thread < ROWS * STEP / 4)
                 copy16_async(shared_at<float>(stage + ROWS_AT + thread * 16),
-                             operand + (static_cast<u64>(first_row + thread / 8) * operand_stride + step * STEP +
-                                        thread % 8 * 4));
+                             operand + (static_cast<u64>(first_row + thread / 8) * operand_stride +
+                                        step * STEP + thread % 8 * 4));
         }
         copies_commit();
     };

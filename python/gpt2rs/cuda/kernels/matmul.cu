@@ -1,13 +1,15 @@
-// Products for a few rows: decoding. Weights stream from memory straight into registers, the first of them before the
-// kernel before has ended, since they depend on nothing.
+// Products for a few rows: decoding. Weights stream from memory straight into registers, the first of them
+// before the kernel before has ended, since they depend on nothing.
 //
-// A block has 8 warps, `8 / warps_k` tiles of 16 outputs, and up to 8 rows. The warps of a tile share out its ranges of K;
-// where K is cut further, over blockIdx.z, the sums of the splits are added by whoever reads them.
+// A block has 8 warps, `8 / warps_k` tiles of 16 outputs, and up to 8 rows. The warps of a tile share out its
+// ranges of K; where K is cut further, over blockIdx.z, the sums of the splits are added by whoever reads
+// them.
 #include "epilogue.cuh"
 #include "fragments.cuh"
 
 constexpr int ROWS = 8;
-constexpr int AHEAD = 4;  // groups whose weights are under way
+constexpr u32 WARPS = 8, TILE_SUMS = ROWS * TILE;
+constexpr int AHEAD = 4;    // groups whose weights are under way
 constexpr int COLUMNS = 7;  // values of a row that a thread normalises at most: rows of up to 1792
 
 DEVICE u32 padded_stride(u32 k) { return k % 64 ? k : k + 32; }  // rows of an operand in different banks
@@ -43,7 +45,11 @@ DEVICE void normalise(const NormInput& in, u32 first_row, int n_rows, u32 row_ro
             if (thread + c * BLOCK < C) x[row][c] = in.stream.at(first_row + row, thread + c * BLOCK);
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
-            if (thread + c * BLOCK < C) mean[row] += x[row][c];
+            if (thread + c * BLOCK < C) {
+                mean[row] += x[row][c];
+                if (in.stream.n_partials && blockIdx.x == 0)
+                    in.x_out[static_cast<u64>(first_row + row) * C + thread + c * BLOCK] = x[row][c];
+            }
     }
     add_rows(mean, n_rows, lanes, sums);
 #pragma unroll
@@ -54,15 +60,16 @@ DEVICE void normalise(const NormInput& in, u32 first_row, int n_rows, u32 row_ro
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
             if (thread + c * BLOCK < C) {
-                float difference = x[row][c] - mean[row];
-                squares[row] = fmaf(difference, difference, squares[row]);
+                x[row][c] -= mean[row];  // in place: few registers are left
+                squares[row] = fmaf(x[row][c], x[row][c], squares[row]);
             }
     }
     barrier();
     add_rows(squares, n_rows, lanes, sums);
     float inverse[ROWS];
 #pragma unroll
-    for (int row = 0; row < ROWS; ++row) inverse[row] = reciprocal_deviation(squares[row], in.stream.C, in.epsilon);
+    for (int row = 0; row < ROWS; ++row)
+        inverse[row] = reciprocal_deviation(squares[row], in.stream.C, in.epsilon);
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c) {
         u32 i = thread + c * BLOCK;
@@ -71,11 +78,7 @@ DEVICE void normalise(const NormInput& in, u32 first_row, int n_rows, u32 row_ro
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
             if (row >= n_rows) continue;
-            float value = 0.0f;
-            if (i < C) {
-                value = normalised(x[row][c], mean[row], inverse[row], gain, shift);
-                if (in.stream.n_partials && blockIdx.x == 0) in.x_out[static_cast<u64>(first_row + row) * C + i] = x[row][c];
-            }
+            float value = i < C ? normalised(x[row][c], inverse[row], gain, shift) : 0.0f;
 #pragma unroll
             for (int p = 0; p < PARTS; ++p) operand[(p * row_room + row) * stride + i] = next_part(value);
         }
@@ -83,17 +86,18 @@ DEVICE void normalise(const NormInput& in, u32 first_row, int n_rows, u32 row_ro
 }
 
 template <int PARTS, class Input>
-DEVICE void row_matmul(Global<const u16> weights, u32 tiles, u32 groups, u32 warps_k, const Input& in, int rows,
-                       const Epilogue& epilogue) {
+DEVICE void row_matmul(Global<const u16> weights, u32 tiles, u32 groups, u32 warps_k, const Input& in,
+                       int rows, const Epilogue& epilogue) {
     constexpr bool NORM = Input::NORM;
     u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP, g = lane / 4, t = lane % 4;
-    u32 tile = blockIdx.x * (8 / warps_k) + warp / warps_k;
+    u32 tile = blockIdx.x * (WARPS / warps_k) + warp / warps_k;
     u32 range = blockIdx.z * warps_k + warp % warps_k, ranges = gridDim.z * warps_k;
-    u32 first = range_start(groups, range, ranges), last = tile < tiles ? range_start(groups, range + 1, ranges) : first;
+    u32 first = range_start(groups, range, ranges),
+        last = tile < tiles ? range_start(groups, range + 1, ranges) : first;
 
     Global<const u16> own = weights + (static_cast<u64>(tile) * groups * TILE_GROUP + lane * 8);
     Words ahead[AHEAD][2];
-    auto fetch = [&](Words (&to)[2], u32 group) {
+    auto fetch = [&](Words(&to)[2], u32 group) {
         to[0] = load16_streamed(own + static_cast<u64>(group) * TILE_GROUP);
         to[1] = load16_streamed(own + (static_cast<u64>(group) * TILE_GROUP + WARP * 8));
     };
@@ -123,7 +127,7 @@ DEVICE void row_matmul(Global<const u16> weights, u32 tiles, u32 groups, u32 war
     };
 
     Sums<PARTS> sums;
-    sums.clear();
+    clear(sums.part);
     for (u32 start = first; start < last; start += AHEAD) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
@@ -140,33 +144,38 @@ DEVICE void row_matmul(Global<const u16> weights, u32 tiles, u32 groups, u32 war
     Shared<float> partial = shared_at<float>(scratch);
     if constexpr (NORM) barrier();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) partial[warp * 128 + (2 * t + i % 2) * TILE + g + i / 2 * 8] = sums.sum(i);
+    for (int i = 0; i < 4; ++i)
+        partial[warp * TILE_SUMS + (2 * t + i % 2) * TILE + g + i / 2 * 8] = sums.sum(i);
     barrier();
-    for (u32 item = thread; item < 128 * 8 / warps_k; item += BLOCK) {
-        u32 local = item / 128, row = item % 128 / TILE, output = (blockIdx.x * (8 / warps_k) + local) * TILE + item % TILE;
+    for (u32 item = thread; item < TILE_SUMS * WARPS / warps_k; item += BLOCK) {
+        u32 local = item / TILE_SUMS, row = item % TILE_SUMS / TILE,
+            output = (blockIdx.x * (WARPS / warps_k) + local) * TILE + item % TILE;
         float sum = 0.0f;
-        for (u32 w = 0; w < warps_k; ++w) sum += partial[(local * warps_k + w) * 128 + item % 128];
+        for (u32 w = 0; w < warps_k; ++w)
+            sum += partial[(local * warps_k + w) * TILE_SUMS + item % TILE_SUMS];
         if (static_cast<int>(row) < n_rows) epilogue.store(blockIdx.z, first_row + row, output, sum);
     }
 }
 
-#define NORM_MATMUL(parts_)                                                                                             \
-    KERNEL(256, 2)                                                                                                      \
-    norm_matmul_##parts_(Global<const u16> weights, int tiles, int groups, int warps_k, Global<const float> x,          \
-                         Global<const float> partials, int n_partials, int x_plane, Global<const float> added_bias,     \
-                         Global<float> x_out, Global<const float> gain, Global<const float> shift, float epsilon,       \
-                         int C, int rows, EPILOGUE_PARAMETERS) {                                                        \
-        Stream stream{x, partials, added_bias, n_partials, static_cast<u64>(x_plane), C};                               \
-        row_matmul<parts_>(weights, tiles, groups, warps_k, NormInput{stream, x_out, gain, shift, epsilon}, rows,       \
-                           EPILOGUE);                                                                                   \
+#define NORM_MATMUL(parts_)                                                                                 \
+    KERNEL(256, 2)                                                                                          \
+    norm_matmul_##parts_(Global<const u16> weights, int tiles, int groups, int warps_k,                     \
+                         Global<const float> x, Global<const float> partials, int n_partials, int x_plane,  \
+                         Global<const float> added_bias, Global<float> x_out, Global<const float> gain,     \
+                         Global<const float> shift, float epsilon, int C, int rows, EPILOGUE_PARAMETERS) {  \
+        Stream stream{x, partials, added_bias, n_partials, static_cast<u64>(x_plane), C};                   \
+        row_matmul<parts_>(weights, tiles, groups, warps_k, NormInput{stream, x_out, gain, shift, epsilon}, \
+                           rows, EPILOGUE);                                                                 \
     }
 
-#define MATMUL(parts_)                                                                                                  \
-    KERNEL(256, 2)                                                                                                      \
-    matmul_##parts_(Global<const u16> weights, int tiles, int groups, int warps_k, Global<const u16> operand,           \
-                    int operand_stride, int operand_plane, int rows, EPILOGUE_PARAMETERS) {                             \
-        row_matmul<parts_>(weights, tiles, groups, warps_k,                                                             \
-                           OperandInput{operand, operand_stride, static_cast<u64>(operand_plane)}, rows, EPILOGUE);     \
+#define MATMUL(parts_)                                                                                   \
+    KERNEL(256, 2)                                                                                       \
+    matmul_##parts_(Global<const u16> weights, int tiles, int groups, int warps_k,                       \
+                    Global<const u16> operand, int operand_stride, int operand_plane, int rows,          \
+                    EPILOGUE_PARAMETERS) {                                                               \
+        row_matmul<parts_>(weights, tiles, groups, warps_k,                                              \
+                           OperandInput{operand, operand_stride, static_cast<u64>(operand_plane)}, rows, \
+                           EPILOGUE);                                                                    \
     }
 
 NORM_MATMUL(1)

@@ -1,12 +1,13 @@
-// Kernels over single rows: the embedding, LayerNorm for rows too many or too long for a product's own prologue, and
-// copies of cache blocks.
+// Kernels over single rows: the embedding, LayerNorm for rows too many or too long for a product's own
+// prologue, and copies of cache blocks.
 #include "fragments.cuh"
 #include "rows.cuh"
 
-// x (rows, C) = wte[token] + wpe[position]; zeros for a row that is not in use, whose position is below 0. wte is the LM
-// head's matrix: in fragments of bfloat16, or (V / 32, K, 32) float32 where `wide`.
-KERNEL(256, 1) embed(Global<const int> tokens, Global<const int> positions, Global<const u16> wte, int wide, int k,
-                     Global<const float> wpe, Global<float> x, int C) {
+// x (rows, C) = wte[token] + wpe[position]; zeros for a row that is not in use, whose position is below 0.
+// wte is the LM head's matrix: in fragments of bfloat16, or (V / 32, K, 32) float32 where `wide`.
+KERNEL(256, 1)
+embed(Global<const int> tokens, Global<const int> positions, Global<const u16> wte, int wide, int k,
+      Global<const float> wpe, Global<float> x, int C) {
     previous_done();
     next_may_start();
     u32 row = blockIdx.x;
@@ -23,12 +24,13 @@ KERNEL(256, 1) embed(Global<const int> tokens, Global<const int> positions, Glob
     }
 }
 
-// LayerNorm (Ba, Kiros and Hinton, arXiv:1607.06450) of the stream's rows, as an operand; x_out is the stream itself,
-// where something was added to it. Row `first + i` of the stream is row i of the operand.
-KERNEL(256, 1) layer_norm(Global<const float> x, Global<const float> partials, int n_partials, int plane,
-                          Global<const float> added_bias, Global<float> x_out, Global<const float> gain,
-                          Global<const float> shift, float epsilon, int C, Global<u16> out, int parts, int stride,
-                          int out_plane, int first) {
+// LayerNorm (Ba, Kiros and Hinton, arXiv:1607.06450) of the stream's rows, as an operand; x_out is the stream
+// itself, where something was added to it. Row `first + i` of the stream is row i of the operand.
+KERNEL(256, 1)
+layer_norm(Global<const float> x, Global<const float> partials, int n_partials, int plane,
+           Global<const float> added_bias, Global<float> x_out, Global<const float> gain,
+           Global<const float> shift, float epsilon, int C, Global<u16> out, int parts, int stride,
+           int out_plane, int first) {
     previous_done();
     next_may_start();
     Shared<float> lanes = shared_at<float>(0), sums = shared_at<float>(BLOCK * sizeof(float));
@@ -51,7 +53,7 @@ KERNEL(256, 1) layer_norm(Global<const float> x, Global<const float> partials, i
         if (i < static_cast<u32>(C)) {
             float summed = stream.at(row, i);
             if (n_partials) x_out[static_cast<u64>(row) * C + i] = summed;
-            value = normalised(summed, mean, inverse, gain[i], shift[i]);
+            value = normalised(summed - mean, inverse, gain[i], shift[i]);
         }
         store_operand(out, parts, out_plane, static_cast<u64>(blockIdx.x) * stride + i, value);
     }

@@ -5,9 +5,10 @@
 constexpr u32 BLOCK = 256;
 constexpr int MAX_PARTIALS = 4;
 
-// A row of activations that enters a product is stored in `parts` planes: 0, as float32; or 1 or 3, each of bfloat16,
-// whose sum is the value rounded to 8 bits, or the value itself (8 bits a part). A product of two bfloat16 is exact in
-// float32, so three parts times a bfloat16 weight make the product with the float32 activation.
+// A row of activations that enters a product is stored in `parts` planes: 0, as float32; or 1 or 3, each of
+// bfloat16, whose sum is the value rounded to 8 bits, or the value itself (8 bits a part). A product of two
+// bfloat16 is exact in float32, so three parts times a bfloat16 weight make the product with the float32
+// activation.
 constexpr u32 FLOAT32 = 0;
 
 // The bfloat16 nearest to the value, and what is left of the value.
@@ -23,7 +24,8 @@ DEVICE void store_operand(Global<u16> to, u32 parts, u64 plane, u64 at, float va
     for (u32 part = 0; part < parts; ++part) to[part * plane + at] = next_part(value);
 }
 
-// e^x to 2 units in the last place, by the polynomial and with the bits of the CPU's `exp_lanes`; 0 below -87.33654.
+// e^x to 2 units in the last place, by the polynomial and with the bits of the CPU's `exp_lanes`; 0 below
+// -87.33654.
 DEVICE float exponential(float x) {
     const float highest = 88.37626f, magic = 12582912.0f;
     float clamped = highest < x ? highest : x;
@@ -67,8 +69,9 @@ DEVICE float activate(int activation, float x) {
     return x / (1.0f + exponential(exponent));
 }
 
-// The residual stream (rows, C), and what is to be added to it: the sum of partial products (n_partials, rows, C), in
-// their order, and the bias (C,) of that product. The sum is stored as the stream goes on, once for all readers.
+// The residual stream (rows, C), and what is to be added to it: the sum of partial products (n_partials,
+// rows, C), in their order, and the bias (C,) of that product. The sum is stored as the stream goes on, once
+// for all readers.
 struct Stream {
     Global<const float> x, partials, bias;
     int n_partials;
@@ -87,9 +90,10 @@ struct Stream {
     }
 };
 
-// Adds up rows of which thread i of 256 brings the sum of values i, i + 256, ...: one tree, whatever the row. Gives all
-// threads all sums. `lanes` has 256 ROWS values, `sums` ROWS.
-template <int ROWS> DEVICE void add_rows(float (&partial)[ROWS], int n_rows, Shared<float> lanes, Shared<float> sums) {
+// Adds up rows of which thread i of 256 brings the sum of values i, i + 256, ...: one tree, whatever the row.
+// Gives all threads all sums. `lanes` has 256 ROWS values, `sums` ROWS.
+template <int ROWS>
+DEVICE void add_rows(float (&partial)[ROWS], int n_rows, Shared<float> lanes, Shared<float> sums) {
     u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
 #pragma unroll
     for (int row = 0; row < ROWS; ++row)
@@ -114,6 +118,7 @@ DEVICE float reciprocal_deviation(float squares, int C, float epsilon) {
     return 1.0f / sqrtf(squares / static_cast<float>(C) + epsilon);
 }
 
-DEVICE float normalised(float x, float mean, float inverse, float gain, float shift) {
-    return fmaf((x - mean) * inverse, gain, shift);
+// difference: from the row's mean.
+DEVICE float normalised(float difference, float inverse, float gain, float shift) {
+    return fmaf(difference * inverse, gain, shift);
 }

@@ -1,9 +1,9 @@
-// Logits to token, with the CPU sampler's numbers: penalties, temperature, top-k, top-p, min-p and the draw, or the
-// greatest score. Weights are integers in units of 2^-40 of the greatest, so their sums are exact in any order, and the
-// same logits, settings and random bits give the same token as there.
+// Logits to token, with the CPU sampler's numbers: penalties, temperature, top-k, top-p, min-p and the draw,
+// or the greatest score. Weights are integers in units of 2^-40 of the greatest, so their sums are exact in
+// any order, and the same logits, settings and random bits give the same token as there.
 #include "rows.cuh"
 
-constexpr u32 THREADS = 512, BINS = 1024, NOT_A_SCORE = 0xffffffffu;
+constexpr u32 THREADS = 512, BINS = 1024, SUMS = 32, NOT_A_SCORE = 0xffffffffu;
 
 // As packed by sampling.py.
 struct Settings {
@@ -66,37 +66,39 @@ struct Candidates {
 };
 
 struct Scratch {
-    Shared<u64> bins, sums;  // BINS; 32 and three more
+    // BINS; SUMS, of warps or of stretches of bins, and three results for all threads.
+    Shared<u64> bins, sums;
 
-    // The bin in which the sum of bins reaches `mass`, and how much of it is left for that bin. For all threads.
+    // The bin in which the sum of bins reaches `mass`, and how much of it is left for that bin. For all
+    // threads.
     DEVICE u32 find(u64& mass) const {
         barrier();
-        if (threadIdx.x < 32) {
+        if (threadIdx.x < SUMS) {
             u64 sum = 0;
-            for (u32 i = 0; i < BINS / 32; ++i) sum += bins[threadIdx.x * (BINS / 32) + i];
+            for (u32 i = 0; i < BINS / SUMS; ++i) sum += bins[threadIdx.x * (BINS / SUMS) + i];
             sums[threadIdx.x] = sum;
         }
         barrier();
         if (threadIdx.x == 0) {
             u64 left = mass;
             u32 bin = 0;
-            while (bin < BINS - BINS / 32 && sums[bin / (BINS / 32)] < left) {
-                left -= sums[bin / (BINS / 32)];
-                bin += BINS / 32;
+            while (bin < BINS - BINS / SUMS && sums[bin / (BINS / SUMS)] < left) {
+                left -= sums[bin / (BINS / SUMS)];
+                bin += BINS / SUMS;
             }
             while (bin < BINS - 1 && bins[bin] < left) left -= bins[bin++];
-            sums[32] = bin;
-            sums[33] = left;
+            sums[SUMS] = bin;
+            sums[SUMS + 1] = left;
         }
         barrier();
-        u32 bin = static_cast<u32>(static_cast<u64>(sums[32]));
-        mass = sums[33];
+        u32 bin = static_cast<u32>(static_cast<u64>(sums[SUMS]));
+        mass = sums[SUMS + 1];
         barrier();
         return bin;
     }
 
-    // The key at which the weights, by ascending key, first sum to `mass`; what of it is left for that key. A search by
-    // digits over keys low .. high.
+    // The key at which the weights, by ascending key, first sum to `mass`; what of it is left for that key. A
+    // search by digits over keys low .. high.
     template <class Keys> DEVICE u32 key_at_mass(u32 n, u32 low, u32 high, u64& mass, Keys keys) const {
         while (low < high) {
             u32 range = high - low, shift = 0;
@@ -146,7 +148,8 @@ DEVICE u64 total_weight(const Scratch& scratch, const Candidates& candidates) {
 }
 
 // Changes the scores of tokens that were there before, each once.
-DEVICE void penalise(const Settings& settings, Global<float> scores, Global<const int> history, int n_tokens) {
+DEVICE void penalise(const Settings& settings, Global<float> scores, Global<const int> history,
+                     int n_tokens) {
     for (int i = threadIdx.x; i < n_tokens; i += THREADS) {
         int token = history[i], count = 0;
         bool first = true;
@@ -158,7 +161,8 @@ DEVICE void penalise(const Settings& settings, Global<float> scores, Global<cons
         if (!first) continue;
         float score = scores[token] + 0.0f, penalty = settings.repetition_penalty;
         if (penalty != 1.0f) score = score < 0.0f ? score * penalty : score / penalty;
-        if (count) score -= static_cast<float>(settings.presence_penalty + settings.frequency_penalty * count);
+        if (count)
+            score -= static_cast<float>(settings.presence_penalty + settings.frequency_penalty * count);
         scores[token] = score;
     }
     barrier();
@@ -206,18 +210,20 @@ DEVICE u32 draw(const Settings& settings, const Scratch& scratch, Global<const f
     if (threadIdx.x == thread) {
         u32 id = start;
         for (u64 weight; id + 1 < end && (weight = candidates.weight(id)) < mass; ++id) mass -= weight;
-        scratch.sums[34] = id;
+        scratch.sums[SUMS + 2] = id;
     }
     barrier();
-    return static_cast<u32>(static_cast<u64>(scratch.sums[34]));
+    return static_cast<u32>(static_cast<u64>(scratch.sums[SUMS + 2]));
 }
 
-// Chooses the next token of every row from its logits (rows, stride), the first V of which count and which penalties change in place, and takes it in: as the
-// row's token, at the next position, into `history` (rows, history_stride) and, for the host, into slot step % n_slots of
-// `mailbox` (n_slots, rows). Where no score is finite the token is -1, and the row is idle from then on.
-KERNEL(512, 1) sample(Global<float> logits, int stride, int n_vocab, Global<const Settings> all_settings, Global<int> tokens,
-                      Global<int> positions, Global<int> history, int history_stride, Global<int> mailbox, int n_slots,
-                      Global<int> steps) {
+// Chooses the next token of every row from its logits (rows, stride), the first V of which count and which
+// penalties change in place, and takes it in: as the row's token, at the next position, into `history` (rows,
+// history_stride) and, for the host, into slot step % n_slots of `mailbox` (n_slots, rows). Where no score is
+// finite the token is -1, and the row is idle from then on.
+KERNEL(512, 1)
+sample(Global<float> logits, int stride, int n_vocab, Global<const Settings> all_settings, Global<int> tokens,
+       Global<int> positions, Global<int> history, int history_stride, Global<int> mailbox, int n_slots,
+       Global<int> steps) {
     previous_done();
     next_may_start();
     u32 row = blockIdx.x, n = n_vocab;
@@ -246,7 +252,8 @@ KERNEL(512, 1) sample(Global<float> logits, int stride, int n_vocab, Global<cons
     if (!finite) {
         token = -1;
     } else if (settings.do_sample) {
-        token = draw(settings, scratch, scores, n, id, random_bits(settings.seed, settings.index, position + 1));
+        token =
+            draw(settings, scratch, scores, n, id, random_bits(settings.seed, settings.index, position + 1));
     }
     barrier();
     if (threadIdx.x == 0) {
