@@ -82,6 +82,9 @@ def _save(folder: Path, writers: dict[str, Callable[[Path], object]], tokenizer_
         with TemporaryDirectory(prefix=".saving-", dir=folder, ignore_cleanup_errors=True) as unfinished:
             for name, write in writers.items():
                 write(Path(unfinished) / name)
+            # safetensors makes files that nobody but their owner may read.
+            for name in writers:
+                shutil.copymode(Path(unfinished, "config.json"), Path(unfinished, name))
             for name in writers:
                 Path(unfinished, name).replace(folder / name)
     except OSError as error:

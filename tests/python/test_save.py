@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +50,18 @@ def test_the_folder_is_one_that_transformers_reads(shakespeare: gpt2rs.GPT2, tmp
     assert (
         again.generate("ROMEO:", max_new_tokens=8).text
         == shakespeare.generate("ROMEO:", max_new_tokens=8).text
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of files are POSIX")
+def test_files_are_for_whom_the_umask_says(tmp_path: Path, plain: gpt2rs.GPT2) -> None:
+    before = os.umask(0o027)
+    try:
+        plain.save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.name: stat.filemode(path.stat().st_mode) for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("config.json", "model.safetensors"), "-rw-r-----"
     )
 
 
