@@ -335,9 +335,6 @@ impl<'a, F: FnMut(&str, &[usize]) -> Result<Values<'a>>> Builder<'a, F> {
     /// A (V, C) embedding, whose rows are the columns of the head's (C, V) matrix.
     fn embedding(&mut self, name: &str, c: usize, v: usize) -> Result<Place> {
         let values = (self.values)(name, &[v, c])?;
-        if matches!(values, Values::Tensor(tensor) if tensor.transposed()) {
-            return Err(Error::TransposedEmbedding { name: name.to_owned() });
-        }
         self.plan(name, values, (c, v), true, Vec::new())
     }
 

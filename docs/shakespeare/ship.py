@@ -40,9 +40,10 @@ draw(run, here / "loss.svg")
 
 events = list(read_log(run / "log.jsonl"))
 evaluated = [event for event in events if event["event"] == "evaluated"]
+settings = "docs/shakespeare/settings.toml"
 training = {
     "text": "tinyshakespeare.txt, first 90 % to train on, last 10 % held out",
-    "command": "gpt2rs train --settings docs/shakespeare/settings.toml --data tinyshakespeare.txt --out retrained",
+    "command": f"gpt2rs train --settings {settings} --data tinyshakespeare.txt --out retrained",
     "settings": read_settings(here / "settings.toml"),
     "best": next(event for event in reversed(evaluated) if event["best"]),
     "seconds": sum(event["seconds"] for event in events if event["event"] == "step"),

@@ -65,8 +65,9 @@ pub trait Simd: Copy {
     fn sqrt(self, value: Self::F32) -> Self::F32;
     /// Sixteen rows as their columns: lane j of row i becomes lane i of row j.
     fn transpose(self, rows: [Self::F32; LANES]) -> [Self::F32; LANES];
-    /// `x * b + c`, rounded once, `x` for every lane, straight from memory. For tiles whose right factor is widened as it
-    /// is loaded: left to load `x` by itself, LLVM loads so many ahead of their use that the sums lose their registers.
+    /// `x * b + c`, rounded once, `x` for every lane, straight from memory. For tiles whose right factor is widened
+    /// as it is loaded: left to load `x` by itself, LLVM loads so many ahead of their use that the sums lose their
+    /// registers.
     #[inline(always)]
     fn fma_from(self, x: &f32, b: Self::F32, c: Self::F32) -> Self::F32 {
         self.fma(self.splat(*x), b, c)

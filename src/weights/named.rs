@@ -61,7 +61,8 @@ impl<'a> Named<'a> {
         self.stored.contains_key(name)
     }
 
-    /// The values of a tensor of this shape; zeros for a bias that is not there.
+    /// The values of a tensor of this shape; zeros for a bias that is not there. Rows of embeddings are taken one by one,
+    /// so they can't be stored transposed.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Values<'a>> {
         let Some(stored) = self.stored.get(name) else {
             // nanoGPT and the textbooks leave biases out.
@@ -78,6 +79,9 @@ impl<'a> Named<'a> {
                 expected: shape.to_vec(),
                 found: tensor.shape(),
             });
+        }
+        if tensor.transposed() && ["wte.weight", "wpe.weight", "lm_head.weight"].contains(&name) {
+            return Err(Error::TransposedEmbedding { name: name.to_owned() });
         }
         Ok(Values::Tensor(tensor))
     }
@@ -152,9 +156,6 @@ pub fn tensor(config: &Config, origin: &Origin<'_>, name: &str) -> Result<(Vec<u
                 return Ok((shape, false, values.vector(len, row_len)?));
             };
             let transposed = stored.transposed() && shape.len() == 2;
-            if transposed && (name == "wte.weight" || name == "lm_head.weight") {
-                return Err(Error::TransposedEmbedding { name: name.to_owned() });
-            }
             Ok((stored.stored_shape().to_vec(), transposed, values.vector(len, stored.row_len())?))
         }
     }

@@ -53,9 +53,6 @@ impl<'a> Tensors<'a> {
         let row_len: usize = shape[1..].iter().product();
         match values {
             Values::Tensor(tensor) if tensor.transposed() && shape.len() == 2 => {
-                if name == "wte.weight" || name == "lm_head.weight" {
-                    return Err(Error::TransposedEmbedding { name: name.to_owned() });
-                }
                 let mut column = vec![0.0; shape[0]];
                 for i in 0..row_len {
                     tensor.read_rows(i..i + 1, &mut column)?;

@@ -1,7 +1,7 @@
 """How far what was computed may be from exact arithmetic; docs/rounding.md derives all of it.
 
-Products and attention: bounds that hold for all numbers, element by element.  Whole models, where such a
-bound would be far too wide: what errors add up to, to first order.
+Products and attention: bounds that hold for all numbers short of the range's ends, element by element.
+Whole models, where such a bound would be far too wide: what errors add up to, to first order.
 """
 
 from __future__ import annotations

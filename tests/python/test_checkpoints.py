@@ -17,6 +17,7 @@ import pytest
 
 import gpt2rs
 from golden_cases import CASES, expected
+from gpt2rs import _core
 from gpt2rs.checkpoints import as_config, open_checkpoint
 from small_models import (
     CONFIG,
@@ -283,3 +284,20 @@ def test_a_cut_off_llmc_file(tmp_path: Path, length: int) -> None:
     path.write_bytes(llmc_bytes(llmc_header())[:length])
     with pytest.raises(ValueError, match=r"model\.bin: \d+ bytes, expected"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["wte.weight", "wpe.weight", "lm_head.weight"])
+def test_transposed_embeddings_are_refused(name: str) -> None:
+    """As a view may be in a PyTorch file; their rows are taken one by one."""
+    checkpoint = _core.Checkpoint()
+    for each, array in hugging_face(parameters(head=True)).items():
+        stored = np.ascontiguousarray(array.T) if each == name else array
+        checkpoint.add_array(each, stored, transposed=each == name)
+    config = as_config({**CONFIG, "tie_word_embeddings": False})
+    message = f"tensor {name}: an embedding must be stored"
+    with pytest.raises(ValueError, match=message):
+        _core.Model.load(config, checkpoint, dtype="float32")
+    with pytest.raises(ValueError, match=message):
+        _core.Tensors.of(config, checkpoint).get(name)
+    with pytest.raises(ValueError, match=message):
+        _core.Trainer.load(config, checkpoint, batch_size=1, n_tokens=4, seed=0)

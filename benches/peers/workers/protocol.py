@@ -1,4 +1,4 @@
-"""How run.py and a peer talk: one JSON line in, one JSON line out.
+"""How run.py and a peer talk: one JSON line in, one JSON line out. (train.py: see training.py.)
 
 A worker is started as `python -m workers.PEER --model PATH --variant NAME --threads N`. It loads, says
 `{"weight_bytes": ..., "cache_bytes": ...}` or `{"error": REASON}`, and then answers requests

@@ -132,7 +132,7 @@ def train(
         str | None, flag("float32 or bfloat16 (matrix products). Default: float32.", panel=_MACHINE)
     ] = None,
     recompute: Annotated[
-        bool | None, flag("Less memory, a third more time.", "--recompute/--no-recompute", panel=_MACHINE)
+        bool | None, flag("Less memory, a seventh more time.", "--recompute/--no-recompute", panel=_MACHINE)
     ] = None,
     n_threads: Annotated[
         int | None, flag("Default: the cores that this process may use.", panel=_MACHINE)

@@ -18,11 +18,11 @@ from .. import _core
 from .machine import Buffer, Launch, Machine
 from .sizes import BLOCK, GROUP, MAX_PARTIALS, TILE, Tiled
 
-# That read tensors.
+# Threads that read tensors.
 _THREADS = 4
 # Outputs of a matrix are padded to a multiple: what a block of the tiled product has.
 _OUTPUTS = Tiled.OUTPUTS
-# Groups of K that a sum which a product leaves to its reader has at least.
+# The least groups of K in a split.
 _GROUPS_OF_SPLIT = 12
 
 _ACTIVATIONS = {
@@ -198,6 +198,7 @@ def load(machine: Machine, shape: Shape, tensors: Tensors) -> Weights:
     loader = _Loader(machine, shape, tensors)
     with ThreadPoolExecutor(_THREADS) as threads:
         weights = loader.weights(threads)
+    # Kernels wrote the weights, and products fetch weights before they wait for the kernel before them.
     machine.synchronize()
     return weights
 
@@ -266,7 +267,7 @@ class _Loader:
 
     def _embedding(self, name: str) -> Matrix:
         """(V, C), in pieces: it may be many times a layer's matrix."""
-        weight = np.ascontiguousarray(self._tensors.get(name))
+        weight = self._tensors.get(name)
         v, c = weight.shape
         k = padded(c)
         piece = self._arrived.n_bytes // (4 * c) // _OUTPUTS * _OUTPUTS

@@ -12,7 +12,8 @@ _PI_SQUARED = math.pi * math.pi
 def learning_rate(step: int, settings: TrainSettings) -> float:
     """Linear up to `lr` over the warm-up, then half a cosine down to `min_lr` at the last step.
 
-    step: counted from 0.  The last of the warm-up and the next have `lr` exactly, the last of all `min_lr`.
+    step: counted from 0.  The last of the warm-up and the next have `lr` exactly, the last of all `min_lr`
+    (if it is not the first after the warm-up).
     Loshchilov and Hutter 2017, "SGDR", arXiv:1608.03983, without restarts.
     """
     warmup, highest, lowest = settings.warmup_steps, settings.lr, settings.final_lr

@@ -77,7 +77,7 @@ class TrainSettings:
     Machine
         precision: "float32", or "bfloat16": inputs of matrix products are rounded, sums and master weights
             are not.
-        recompute: keep fewer activations and compute them again, for less memory and a third more time.
+        recompute: keep fewer activations and compute them again, for less memory and a seventh more time.
         n_threads: None: as many as the machine has cores for this process.
 
     Raises ValueError naming the setting, its value and its range.

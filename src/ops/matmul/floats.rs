@@ -22,7 +22,7 @@ trait Floats: Pairs + Format {
     ) -> Self::Lanes<S> {
         Self::add(simd, sum, lanes, *x, turn)
     }
-    /// Whether products add so.
+    /// Whether products call it. Elsewhere they call [`Pairs::add`]: where an input's address is taken, LLVM spills sums.
     const FROM_MEMORY: bool = false;
 }
 impl Floats for F32 {}

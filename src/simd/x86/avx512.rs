@@ -315,14 +315,14 @@ unsafe fn nearest_bf16(value: __m512) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn fma_from(x: &f32, b: __m512, mut c: __m512) -> __m512 {
-    // SAFETY: the instruction reads the four bytes of `x` and changes nothing but `c`.
+    // SAFETY: the instruction reads the four bytes of `x`, and changes nothing but `c` and flags of exceptions.
     unsafe {
         std::arch::asm!(
             "vfmadd231ps {c}, {b}, dword ptr [{x}]{{1to16}}",
             c = inout(zmm_reg) c,
             b = in(zmm_reg) b,
             x = in(reg) x,
-            options(pure, readonly, nostack, preserves_flags)
+            options(pure, readonly, nostack)
         );
     }
     c

@@ -1,4 +1,4 @@
-"""Kernels one by one against float64, element by element, by bounds that hold for all numbers.
+"""Kernels one by one against float64, element by element, by the bounds of docs/rounding.md.
 
 Tensor cores add as float32 does, and as they do on sm_80 and sm_90; the numbers are random, of one sign (so
 that what is cut off adds up), and the worst that there are: sums of which every product is cut off whole.

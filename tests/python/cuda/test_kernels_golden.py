@@ -62,7 +62,7 @@ def test_tensor_cores_with_activations_in_parts_are_as_near_as_float32(name: str
 @pytest.mark.parametrize(("dtype", "kv_dtype", "arch"), HELD_ON)
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_near_the_cpu_s(name: str, dtype: str, kv_dtype: str, arch: str) -> None:
-    """Whatever is rounded is rounded alike, so all cases are held to what sums in float32 may be off by."""
+    """What is rounded is rounded alike, but beside a rounding boundary; what is left are sums in float32."""
     ids = expected(name)["input_ids"][0].tolist()
     model, want = golden(name, dtype, kv_dtype, arch), load(name, dtype, kv_dtype).logits(ids)
     near(model.logits(ids), want, error_bounds.apart(model, np.abs(want).max()))

@@ -1,5 +1,5 @@
 // A checkpoint's matrices, laid out as the products take them. What arrives is float32 in the checkpoint's
-// order; padding becomes zeros. A matrix is read and written once, by the memory that it is to lie in anyway.
+// order; padding becomes zeros.
 #include "fragments.cuh"
 #include "rows.cuh"
 
