@@ -23,7 +23,7 @@ def show(event: Event) -> None:
 
 
 def sample(model: gpt2rs.GPT2) -> str:
-    return PROMPT + model.generate(PROMPT, max_new_tokens=60, temperature=0.7, seed=1).text
+    return PROMPT + model.generate(PROMPT, max_new_tokens=60, temperature=0.7, seed=2).text
 
 
 with TemporaryDirectory() as folder:
@@ -37,7 +37,7 @@ with TemporaryDirectory() as folder:
         init_from="shakespeare",
         n_ctx=128,  # of the model's 256 positions: shorter sequences are cheaper
         batch_size=8,
-        steps=int(sys.argv[2]) if len(sys.argv) > 2 else 100,
+        steps=int(sys.argv[2]) if len(sys.argv) > 2 else 300,
         lr=1e-3,
         dropout=0.1,
         eval_every=50,
