@@ -4,7 +4,7 @@ use super::Origin;
 use super::named::{Named, initial};
 use super::pack::Values;
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// All tensors of a model as a checkpoint holds them, row-major, by their names without `transformer.` before them.
 pub struct Tensors<'a> {
