@@ -21,7 +21,7 @@ impl<'a> Tensors<'a> {
     /// Finds them.
     ///
     /// # Errors
-    /// [`Error::UnexpectedTensor`], [`Error::AmbiguousTensor`].
+    /// [`crate::error::Error::UnexpectedTensor`], [`crate::error::Error::AmbiguousTensor`].
     pub fn new(config: &'a Config, origin: &Origin<'a>) -> Result<Tensors<'a>> {
         let from = match *origin {
             Origin::Checkpoint(checkpoint) => From::Checkpoint(Named::new(config, checkpoint)?),
@@ -41,7 +41,7 @@ impl<'a> Tensors<'a> {
     /// Reads a tensor; `number` is its place, from 1, among all that the model may have, in the order of the computation.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::TensorShape`], or what reading a file says.
+    /// [`crate::error::Error::MissingTensor`], [`crate::error::Error::TensorShape`], or what reading a file says.
     ///
     /// # Panics
     /// When `out` is not as long as the shape says.
