@@ -237,7 +237,7 @@ trait Takes: Packable {
 impl Takes for F32 {
     fn take<'a>(isa: Isa, a: Operand<'a>, (m, k): (usize, usize), left: &'a mut Left) -> Rows<'a, [f32; 2]> {
         // Rows that are no whole pairs would be read past their ends.
-        let whole = a.rows.stride() % 2 == 0 && a.rows.columns() % 2 == 0;
+        let whole = a.rows.stride().is_multiple_of(2) && a.rows.columns().is_multiple_of(2);
         if whole && !a.transposed {
             return a.rows.pairs();
         }
